@@ -1,0 +1,1 @@
+//! A tiny bare-metal guest, built on demand.

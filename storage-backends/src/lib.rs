@@ -1,0 +1,19 @@
+//! The storage plug: block volumes that can be frozen and forked.
+//!
+//! A backend keeps two kinds of things under names: **volumes**, which a
+//! machine writes to, and **layers**, which never change again. [`freeze`]
+//! makes a layer out of a volume's present content; [`fork`] makes a volume
+//! out of a layer.
+//!
+//! [`freeze`]: StorageBackend::freeze
+//! [`fork`]: StorageBackend::fork
+
+mod backend;
+mod error;
+mod name;
+mod volume;
+
+pub use backend::{Access, Capabilities, StorageBackend, Usage};
+pub use error::{Error, ErrorKind};
+pub use name::{InvalidName, LayerName, VolumeName};
+pub use volume::Volume;
