@@ -15,6 +15,12 @@ pub enum ErrorKind {
     InUse,
     /// The image or the store's own files are not what they must be.
     Damaged,
+    /// The request makes no sense: a size that no volume can have, an unknown backend.
+    Invalid,
+    /// The directory is a store of another backend, or no store at all.
+    ForeignStore,
+    /// The caller's progress function asked to stop.
+    Cancelled,
     /// The file system or the image cannot do what was asked.
     Unsupported,
     /// A layer more would exceed the longest chain; flatten first.
@@ -66,7 +72,7 @@ impl Error {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
             io::ErrorKind::AlreadyExists => ErrorKind::Exists,
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::StorageFull,
-            io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+            io::ErrorKind::Unsupported | io::ErrorKind::FileTooLarge => ErrorKind::Unsupported,
             _ => ErrorKind::Io,
         };
         Self::because(kind, operation, object, source)
@@ -86,6 +92,9 @@ impl fmt::Display for Error {
             ErrorKind::Exists => "the name is taken",
             ErrorKind::InUse => "it is in use",
             ErrorKind::Damaged => "it is damaged or not of this kind",
+            ErrorKind::Invalid => "the request is not valid",
+            ErrorKind::ForeignStore => "the directory does not belong to this backend",
+            ErrorKind::Cancelled => "it was cancelled",
             ErrorKind::Unsupported => "this is not supported here",
             ErrorKind::ChainTooLong => "the chain of layers is at its longest; flatten it first",
             ErrorKind::StorageFull => "no space is left",

@@ -9,11 +9,16 @@
 //! [`fork`]: StorageBackend::fork
 
 mod backend;
+mod dir;
+mod durable;
 mod error;
+mod lock;
 mod name;
+mod size;
 mod volume;
 
-pub use backend::{Access, Capabilities, StorageBackend, Usage};
+pub use backend::{Access, Capabilities, Durability, ForkCost, StorageBackend, Usage};
 pub use error::{Error, ErrorKind};
 pub use name::{InvalidName, LayerName, VolumeName};
+pub use size::{MAX_SIZE, SECTOR};
 pub use volume::Volume;

@@ -71,3 +71,10 @@ name_type! {
     /// Names an immutable layer within one backend.
     LayerName
 }
+
+impl From<LayerName> for VolumeName {
+    /// The same characters are valid in both; an opened layer is a volume that bears its name.
+    fn from(name: LayerName) -> Self {
+        Self(name.0)
+    }
+}

@@ -14,10 +14,10 @@ use crate::VolumeName;
 /// changes nothing. Two overlapping requests in flight at once may land in
 /// either order; requests that do not overlap never disturb one another.
 pub trait Volume: Send + Sync + Debug {
-    /// The name under which the backend knows this volume.
+    /// The name under which the backend knows this volume (or layer).
     fn name(&self) -> &VolumeName;
 
-    /// Size in bytes; never changes while the volume is open.
+    /// Size in bytes, a multiple of [`SECTOR`](crate::SECTOR); never changes while the volume is open.
     fn size(&self) -> u64;
 
     /// Whether every change is refused (with [`io::ErrorKind::PermissionDenied`]).
@@ -55,7 +55,11 @@ pub trait Volume: Send + Sync + Debug {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
 
     /// The file whose bytes are this volume's bytes at the same offsets, when there is one: a
-    /// device may then do its I/O on it directly (io_uring). It stays valid for as long as the
-    /// volume is open, also across a freeze.
+    /// device may then do its reads and writes on it directly (io_uring), as one that keeps the
+    /// volume open meanwhile. It stays valid for as long as the volume is open, also across a
+    /// freeze. Two things remain the user's to keep: it stays within [`size`](Volume::size), and
+    /// [`flush`](Volume::flush), not an fdatasync of its own, makes a forked volume durable for the
+    /// first time (the file's name must become durable too); after one successful `flush` the two
+    /// are the same. Its position is not to be relied on.
     fn raw_file(&self) -> Option<&File>;
 }
