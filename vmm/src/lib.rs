@@ -1,1 +1,4 @@
 //! The machine.
+
+pub mod acpi;
+pub mod boot;
