@@ -2,6 +2,10 @@
 
 mod device;
 pub mod interrupt;
+pub mod mmio;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use device::{Activation, DeviceError, VirtioDevice};
 pub use interrupt::Interrupt;
+pub use mmio::{MmioTransport, TransportState};
