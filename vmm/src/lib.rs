@@ -1,4 +1,5 @@
 //! The machine.
 
 pub mod acpi;
+pub mod arch;
 pub mod boot;
