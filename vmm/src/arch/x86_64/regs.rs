@@ -13,6 +13,7 @@ use kvm_ioctls::VcpuFd;
 use offshoot_devices::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::boot::{EntryPoint, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 const CR0_PE: u64 = 1;
@@ -73,6 +74,14 @@ fn tss() -> kvm_segment {
     }
 }
 
+/// Sets the first vCPU for the kernel that was loaded.
+pub(crate) fn enter(vcpu: &VcpuFd, ram: &GuestRam, entry: EntryPoint) -> Result<()> {
+    match entry {
+        EntryPoint::Pvh { rip, start_info } => enter_pvh(vcpu, rip, start_info),
+        EntryPoint::Linux64 { rip, boot_params } => enter_linux64(vcpu, ram, rip, boot_params),
+    }
+}
+
 /// Enters at `rip` by PVH.
 pub(crate) fn enter_pvh(vcpu: &VcpuFd, rip: GuestAddress, start_info: GuestAddress) -> Result<()> {
     const WHAT: &str = "cannot set the first vCPU's registers";
@@ -96,15 +105,12 @@ pub(crate) fn enter_pvh(vcpu: &VcpuFd, rip: GuestAddress, start_info: GuestAddre
     runnable(vcpu)
 }
 
-/// Enters at `rip` by the 64-bit Linux boot protocol. The GDT is written to `gdt`, the page
-/// tables to the six pages from `tables` on.
+/// Enters at `rip` by the 64-bit Linux boot protocol, with a GDT and page tables of its own.
 pub(crate) fn enter_linux64(
     vcpu: &VcpuFd,
     ram: &GuestRam,
     rip: GuestAddress,
     boot_params: GuestAddress,
-    gdt: GuestAddress,
-    tables: GuestAddress,
 ) -> Result<()> {
     const WHAT: &str = "cannot set the first vCPU's registers";
     let code = segment(CODE_SELECTOR, TYPE_CODE_READ_ACCESSED, true);
@@ -115,10 +121,11 @@ pub(crate) fn enter_linux64(
             .map_err(|e| Error::because(ErrorKind::Boot, "the first page tables do not fit", e))
     };
     for (slot, entry) in (0..).zip(entries) {
-        put(GuestAddress(gdt.0 + 8 * slot), entry)?;
+        put(GuestAddress(layout::GDT.0 + 8 * slot), entry)?;
     }
-    let pdpt = tables.0 + PAGE;
-    put(tables, pdpt | PTE_TABLE)?;
+    const { assert!(layout::PAGE_TABLES.0 + PAGE * (2 + GIB_MAPPED) <= layout::PAGE_TABLES_END.0) };
+    let pdpt = layout::PAGE_TABLES.0 + PAGE;
+    put(layout::PAGE_TABLES, pdpt | PTE_TABLE)?;
     for gib in 0..GIB_MAPPED {
         let directory = pdpt + PAGE * (1 + gib);
         put(GuestAddress(pdpt + 8 * gib), directory | PTE_TABLE)?;
@@ -132,10 +139,10 @@ pub(crate) fn enter_linux64(
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
     (sregs.fs, sregs.gs) = (data, data);
     sregs.tr = tss();
-    sregs.gdt.base = gdt.0;
+    sregs.gdt.base = layout::GDT.0;
     sregs.gdt.limit = 8 * 4 - 1;
     sregs.idt.limit = 0;
-    sregs.cr3 = tables.0;
+    sregs.cr3 = layout::PAGE_TABLES.0;
     sregs.cr4 = CR4_PAE;
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
     sregs.efer = EFER_LME | EFER_LMA;
