@@ -69,10 +69,7 @@ impl<'a> NewFile<'a> {
     }
 
     /// Its temporary name.
-    #[cfg_attr(
-        not(feature = "imago"),
-        allow(dead_code, reason = "only an engine that opens files by path asks")
-    )]
+    #[allow(dead_code, reason = "for engines that open files by path")]
     pub(crate) fn name(&self) -> &str {
         &self.name
     }

@@ -9,11 +9,16 @@
 //! [`fork`]: StorageBackend::fork
 
 mod backend;
+pub mod conformance;
+pub mod copy;
 mod dir;
 mod durable;
 mod error;
+mod filesystem;
 mod lock;
 mod name;
+mod raw;
+pub mod reflink;
 mod size;
 mod volume;
 
