@@ -1,5 +1,6 @@
 //! Virtio 1.2 devices and their MMIO transport.
 
+pub mod blk;
 mod device;
 pub mod interrupt;
 pub mod mmio;
