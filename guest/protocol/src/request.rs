@@ -199,7 +199,8 @@ messages! {
             /// How.
             how: Crash,
         }
-        /// Resets the machine by the i8042 (0xfe to port 0x64). No answer.
+        /// Resets the machine by the i8042 (0xfe to port 0x64), or by a triple fault a second later
+        /// when that does nothing. No answer.
         Reboot = 16 "reboot" {}
     }
 }

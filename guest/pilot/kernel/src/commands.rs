@@ -145,12 +145,22 @@ impl Pilot {
                 }))
             }
             Request::Crash { how } => crash(how),
-            Request::Reboot {} => loop {
-                cpu::out8(0x64, 0xfe);
-            },
+            Request::Reboot {} => self.reboot(),
             // A message of a later version: this one can't read it, and so never gets here.
             _ => Err(Refusal::new(ErrorCode::Malformed, 0)),
         }
+    }
+
+    /// By the i8042, and a second later, on a machine that has none, by a triple fault.
+    fn reboot(&mut self) -> ! {
+        for _ in 0..10 {
+            cpu::out8(0x64, 0xfe);
+            self.interrupts.arm_timer();
+            while !self.interrupts.timer_fired() {
+                cpu::idle();
+            }
+        }
+        cpu::triple_fault()
     }
 
     fn state(&self) -> State {
