@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, fstat, fsync, linkat, openat, renameat_with,
-    statat, unlinkat,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, fstat, fsync, linkat, openat, renameat,
+    renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -69,7 +69,7 @@ impl<'a> NewFile<'a> {
     }
 
     /// Its temporary name.
-    #[allow(dead_code, reason = "for engines that open files by path")]
+    #[cfg(test)]
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
@@ -78,6 +78,15 @@ impl<'a> NewFile<'a> {
     /// stays with the returned file. Neither content nor name is durable by this.
     pub(crate) fn publish(mut self, name: &str) -> io::Result<File> {
         rename_noreplace(self.dir, &self.name, name)?;
+        Ok(self.file.take().unwrap_or_else(|| unreachable!()))
+    }
+}
+
+impl NewFile<'_> {
+    /// Gives the file the name of another one, which loses it in the same moment. The lock stays
+    /// with the returned file. Neither content nor name is durable by this.
+    pub(crate) fn replace(mut self, name: &str) -> io::Result<File> {
+        renameat(self.dir, &self.name, self.dir, name)?;
         Ok(self.file.take().unwrap_or_else(|| unreachable!()))
     }
 }

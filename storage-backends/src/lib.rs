@@ -9,16 +9,12 @@
 //! [`fork`]: StorageBackend::fork
 
 mod backend;
-pub mod conformance;
-pub mod copy;
 mod dir;
 mod durable;
 mod error;
-mod filesystem;
 mod lock;
 mod name;
-mod raw;
-pub mod reflink;
+pub mod qcow2;
 mod size;
 mod volume;
 
