@@ -108,6 +108,26 @@ impl StoreDir {
         format!("{} {name} of {}", room.thing(), self.path.display())
     }
 
+    /// An operating system error about a volume or layer. What no store makes (a link, a FIFO, a
+    /// directory under a volume's name) is damage.
+    pub(crate) fn error(
+        &self,
+        operation: &'static str,
+        room: Room,
+        name: &str,
+        e: io::Error,
+    ) -> Error {
+        const NOT_OURS: [Errno; 4] = [Errno::LOOP, Errno::NXIO, Errno::ISDIR, Errno::NOTDIR];
+        let object = self.describe(room, name);
+        if e.kind() == io::ErrorKind::InvalidData
+            || Errno::from_io_error(&e).is_some_and(|errno| NOT_OURS.contains(&errno))
+        {
+            Error::because(ErrorKind::Damaged, operation, object, e)
+        } else {
+            Error::io(operation, object, e)
+        }
+    }
+
     /// The directory of a room.
     pub(crate) fn room(&self, room: Room) -> BorrowedFd<'_> {
         match room {
@@ -121,12 +141,8 @@ impl StoreDir {
         format!("{name}.{}", self.extension)
     }
 
-    /// Where a room's directory can be found by path, for a library that takes nothing else. The
-    /// path is as good as the one that the store was opened with.
-    #[cfg_attr(
-        not(feature = "imago"),
-        allow(dead_code, reason = "only an engine that opens files by path asks")
-    )]
+    /// A room's path, for messages and for libraries that take nothing else. It is as good as the
+    /// one that the store was opened with.
     pub(crate) fn room_path(&self, room: Room) -> PathBuf {
         self.path.join(room.as_str())
     }
@@ -189,22 +205,35 @@ impl StoreDir {
         )?)
     }
 
-    /// The names in a room as they stand before ".<ext>", sorted. Other files are passed over.
-    pub(crate) fn names(&self, room: Room) -> io::Result<Vec<String>> {
+    /// The names in a room, sorted; files whose name is none are passed over.
+    pub(crate) fn list<N: Ord>(
+        &self,
+        room: Room,
+        parse: impl Fn(&str) -> Option<N>,
+    ) -> Result<Vec<N>, Error> {
+        let mut names = self
+            .names(room)
+            .map_err(|e| Error::io("list", self.room_path(room).display(), e))?
+            .iter()
+            .filter_map(|name| parse(name))
+            .collect::<Vec<_>>();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// What stands before ".<ext>" in a room's file names.
+    fn names(&self, room: Room) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in Dir::read_from(self.room(room))? {
             let entry = entry?;
-            let Ok(file_name) = entry.file_name().to_str() else {
-                continue;
-            };
-            if let Some(name) = file_name
-                .strip_suffix(self.extension)
-                .and_then(|rest| rest.strip_suffix('.'))
+            if let Ok(file_name) = entry.file_name().to_str()
+                && let Some(name) = file_name
+                    .strip_suffix(self.extension)
+                    .and_then(|rest| rest.strip_suffix('.'))
             {
                 names.push(name.to_owned());
             }
         }
-        names.sort_unstable();
         Ok(names)
     }
 
@@ -283,7 +312,7 @@ fn owner(root: &OwnedFd, path: &Path) -> Result<Option<String>, Error> {
 }
 
 /// The kind of backend that owns the directory `path`; `None` when nobody does.
-pub(crate) fn owner_of(path: &Path) -> Result<Option<String>, Error> {
+fn owner_of(path: &Path) -> Result<Option<String>, Error> {
     let root =
         open_dir(CWD, path).map_err(|e| Error::io("look at the store", path.display(), e))?;
     let owner = owner(&root, path)?;
@@ -293,8 +322,32 @@ pub(crate) fn owner_of(path: &Path) -> Result<Option<String>, Error> {
     Ok(owner)
 }
 
+/// Where to try out what a store of `kind` at `path` would need: the directory itself, or the one
+/// that it would be made in. Refused where the store itself would be.
+pub(crate) fn for_trial(path: &Path, kind: &'static str) -> Result<OwnedFd, Error> {
+    let fail = |e| Error::io("open the store", path.display(), e);
+    match open_dir(CWD, path) {
+        Ok(root) => {
+            match owner(&root, path)? {
+                Some(owner) => check_owner(&owner, kind, path)?,
+                None => refuse_unmarked(&root, path)?,
+            }
+            Ok(root)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let parent = match path.parent() {
+                Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+                Some(parent) => parent,
+                None => return Err(fail(e)),
+            };
+            open_dir(CWD, parent).map_err(fail)
+        }
+        Err(e) => Err(fail(e)),
+    }
+}
+
 /// Refuses `kind` in a directory that `owner` has.
-pub(crate) fn check_owner(owner: &str, kind: &'static str, path: &Path) -> Result<(), Error> {
+fn check_owner(owner: &str, kind: &'static str, path: &Path) -> Result<(), Error> {
     if owner == kind {
         return Ok(());
     }

@@ -9,12 +9,17 @@
 //! [`fork`]: StorageBackend::fork
 
 mod backend;
+pub mod conformance;
+pub mod copy;
 mod dir;
 mod durable;
 mod error;
+mod filesystem;
 mod lock;
 mod name;
 pub mod qcow2;
+mod raw;
+pub mod reflink;
 mod size;
 mod volume;
 

@@ -52,13 +52,19 @@ pub struct Activation {
 /// `new(config)` or `restore(state, host resources)` → [`activate`](Self::activate) →
 /// any number of [`quiesce`](Self::quiesce) / save / [`resume`](Self::resume) →
 /// [`reset`](Self::reset) → … A device built from saved state is activated by the transport with
-/// the restored queues and stays quiesced until `resume`.
+/// the restored queues and stays quiesced until `resume`. A quiesce holds for a device that is not
+/// active, too: activated later, it does not start before `resume`; `reset` does not end it either.
+///
+/// Between `activate` and `reset` the queues' indices live in the device, and only
+/// [`quiesce`](Self::quiesce) tells them to the transport; all other registers live in the
+/// transport.
 ///
 /// # Threads
 /// The machine keeps the device in an `Arc<Mutex<_>>`. vCPU threads call the register-side
 /// methods; the machine's device loop calls the [`MutEventSubscriber`] side, with the events that
 /// the device itself registered (its queue eventfds among them, unless it has threads of its own
-/// that wait for them). No call blocks for longer than the I/O that is in flight.
+/// that wait for them). No call blocks for longer than the I/O that is in flight, and what a call
+/// waits for never needs the device's lock, for the caller holds it.
 ///
 /// # Hostile drivers
 /// Ring content, descriptors, requests and config writes are arbitrary. They lead to an error
@@ -69,13 +75,18 @@ pub trait VirtioDevice: MutEventSubscriber + Send + Debug {
     /// The virtio device id (virtio 1.2, 5).
     fn device_type(&self) -> u32;
 
-    /// The features offered; the same on every call.
+    /// The features of this device type that are offered (virtio 1.2, 2.2: bits 0 to 23 and from 50);
+    /// the same on every call. The transport adds `VIRTIO_F_VERSION_1`, `VIRTIO_F_RING_EVENT_IDX`
+    /// and `VIRTIO_F_INDIRECT_DESC` for every device, for `virtio-queue` does both: so a model asks
+    /// `needs_notification` before it raises an interrupt, and leaves its loop over a queue only
+    /// when `enable_notification` has said that nothing more is available.
     fn features(&self) -> u64;
 
     /// The largest size of each queue; the same on every call.
     fn queue_max_sizes(&self) -> &[u16];
 
-    /// The eventfd that says "queue `i` was notified", one for each queue.
+    /// The eventfd that says "queue `i` was notified", one for each queue. It may be written while
+    /// the device is not active, which means nothing.
     fn queue_events(&self) -> &[Arc<EventFd>];
 
     /// Reads the device configuration space. Bytes outside it read as zero.
@@ -92,6 +103,7 @@ pub trait VirtioDevice: MutEventSubscriber + Send + Debug {
 
     /// Lets go of the queues and forgets the driver: afterwards the device touches no guest
     /// memory and raises no interrupt until it is activated again. Waits for I/O in flight.
+    /// Called in any state, active or not.
     fn reset(&mut self);
 
     /// Stops taking requests, waits until none is in flight (each is completed in its used ring
@@ -110,6 +122,8 @@ pub trait VirtioDevice: MutEventSubscriber + Send + Debug {
     fn resume(&mut self) -> Result<(), DeviceError>;
 
     /// Whether the device has met something it cannot recover from but by a reset
-    /// (virtio 1.2, 2.1 `DEVICE_NEEDS_RESET`).
+    /// (virtio 1.2, 2.1 `DEVICE_NEEDS_RESET`). It stays so until [`reset`](Self::reset). A device
+    /// that gets into this state calls [`Interrupt::config_change`] at once, so that the driver
+    /// looks at the status (2.1.2), and touches its queues no more.
     fn needs_reset(&self) -> bool;
 }

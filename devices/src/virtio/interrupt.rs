@@ -16,6 +16,7 @@ pub const CONFIG_CHANGE: u32 = 2;
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     status: Arc<AtomicU32>,
+    generation: Arc<AtomicU32>,
     line: Arc<EventFd>,
 }
 
@@ -25,8 +26,16 @@ impl Interrupt {
     pub fn new(line: Arc<EventFd>, status: u32) -> Self {
         Self {
             status: Arc::new(AtomicU32::new(status & (USED_BUFFER | CONFIG_CHANGE))),
+            generation: Arc::new(AtomicU32::new(0)),
             line,
         }
+    }
+
+    /// The same interrupt, with the configuration at `generation`.
+    #[must_use]
+    pub fn with_generation(self, generation: u32) -> Self {
+        self.generation.store(generation, Ordering::SeqCst);
+        self
     }
 
     /// Tells the driver that buffers were used.
@@ -37,12 +46,30 @@ impl Interrupt {
         self.raise(USED_BUFFER)
     }
 
-    /// Tells the driver that the configuration changed.
+    /// Tells the driver that the configuration changed, or that the device needs a reset
+    /// (virtio 1.2, 2.1.2), and moves the configuration to its next generation.
+    ///
+    /// Call it in the same hold of the device's lock in which the configuration was changed: so a
+    /// driver that sees the same generation before and after reading the configuration has read it
+    /// untorn (virtio 1.2, 2.5.1).
     ///
     /// # Errors
     /// When the eventfd cannot be written.
     pub fn config_change(&self) -> io::Result<()> {
+        self.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG_CHANGE)
+    }
+
+    /// The generation of the configuration (virtio 1.2, 4.2.2 `ConfigGeneration`).
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The eventfd that raises the line.
+    #[must_use]
+    pub fn line(&self) -> &Arc<EventFd> {
+        &self.line
     }
 
     /// The pending bits, as the driver reads them.

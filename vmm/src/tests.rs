@@ -1,0 +1,3 @@
+//! Machines made from the pieces by hand, running a few hand-assembled instructions.
+
+mod bare;
