@@ -1,5 +1,7 @@
 //! The copy backend.
 
+#![allow(clippy::print_stderr, reason = "a skipped test says so")]
+
 use offshoot_storage::conformance::{self, Options};
 use offshoot_storage::copy;
 
