@@ -400,3 +400,6 @@ fn claim(root: BorrowedFd<'_>, kind: &'static str, path: &Path) -> Result<(), Er
         Err(e) => Err(fail(e)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,11 +20,13 @@ mod name;
 pub mod qcow2;
 mod raw;
 pub mod reflink;
+pub mod registry;
 mod size;
 mod volume;
 
 pub use backend::{Access, Capabilities, Durability, ForkCost, StorageBackend, Usage};
 pub use error::{Error, ErrorKind};
 pub use name::{InvalidName, LayerName, VolumeName};
+pub use registry::{open_backend, probe};
 pub use size::{MAX_SIZE, SECTOR};
 pub use volume::Volume;

@@ -47,6 +47,62 @@ fn whole_or_absent(store: &dyn StorageBackend, name: &str, byte: u8) {
     }
 }
 
+/// The power goes the moment that each promise is given, with nothing afterwards that could have
+/// made it durable by the way.
+fn is_prompt(file_system: FileSystem, open: Open) {
+    let Some(mut mounted) = Mounted::new(file_system, 512) else {
+        return;
+    };
+    let dir = mounted.path().join("store");
+    let store = open(&dir).unwrap();
+    let mut moments = Vec::new();
+
+    let source = store.create(&volume("source"), SIZE as u64).unwrap();
+    moments.push(("create", mounted.moment()));
+    write(&*source, 0, 1, SIZE);
+    source.flush().unwrap();
+    moments.push(("flush", mounted.moment()));
+    write(&*source, 0, 2, SIZE);
+    store
+        .freeze(source.name(), &layer("now"), Durability::Now)
+        .unwrap();
+    moments.push(("freeze", mounted.moment()));
+    write(&*source, 0, 3, SIZE);
+    store
+        .freeze(source.name(), &layer("deferred"), Durability::Deferred)
+        .unwrap();
+    store.sync_layer(&layer("deferred")).unwrap();
+    moments.push(("sync_layer", mounted.moment()));
+    let fork = store.fork(&layer("now"), &volume("fork")).unwrap();
+    fork.flush().unwrap();
+    moments.push(("fork", mounted.moment()));
+    let mut fill = |vol: &dyn Volume| {
+        write(vol, 0, 4, SIZE);
+        Ok(())
+    };
+    let filled = store
+        .create_filled(&volume("filled"), SIZE as u64, &mut fill)
+        .unwrap();
+    moments.push(("create_filled", mounted.moment()));
+    drop((source, fork, filled, store));
+
+    for (promise, moment) in moments {
+        mounted.power_was_cut(moment);
+        let store = open(&dir).unwrap();
+        let vol = |name| store.open(&volume(name), Access::ReadWrite).unwrap();
+        match promise {
+            "create" => starts_with(&*vol("source"), 0, SIZE),
+            "flush" => starts_with(&*vol("source"), 1, SIZE),
+            "freeze" => starts_with(&*store.open_layer(&layer("now")).unwrap(), 2, SIZE),
+            "sync_layer" => {
+                starts_with(&*store.open_layer(&layer("deferred")).unwrap(), 3, SIZE);
+            }
+            "fork" => starts_with(&*vol("fork"), 2, SIZE),
+            _ => starts_with(&*vol("filled"), 4, SIZE),
+        }
+    }
+}
+
 fn survives(file_system: FileSystem, open: Open) {
     let Some(mut mounted) = Mounted::new(file_system, 512) else {
         return;
@@ -110,20 +166,24 @@ fn survives(file_system: FileSystem, open: Open) {
 
 #[test]
 fn copy_on_ext4() {
+    is_prompt(FileSystem::Ext4, copy::open);
     survives(FileSystem::Ext4, copy::open);
 }
 
 #[test]
 fn copy_on_xfs() {
+    is_prompt(FileSystem::Xfs, copy::open);
     survives(FileSystem::Xfs, copy::open);
 }
 
 #[test]
 fn reflink_on_btrfs() {
+    is_prompt(FileSystem::Btrfs, reflink::open);
     survives(FileSystem::Btrfs, reflink::open);
 }
 
 #[test]
 fn reflink_on_xfs() {
+    is_prompt(FileSystem::Xfs, reflink::open);
     survives(FileSystem::Xfs, reflink::open);
 }

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A file system that the tests can make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +110,9 @@ impl Mounted {
     /// Keeps what a power cut now would leave: what has reached the disk at this moment, and
     /// nothing of what is only in memory.
     pub(crate) fn moment(&self) -> Moment {
-        let kept = self.dir.path().join("moment");
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let kept = self.dir.path().join(format!("moment{number}"));
         // The loop device hands each write on to the image file, so the image is the disk.
         let mut copy = Command::new("cp");
         run(copy.arg("--sparse=always").arg(self.image()).arg(&kept)).unwrap();
