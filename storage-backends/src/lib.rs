@@ -14,6 +14,7 @@ pub mod copy;
 mod dir;
 mod durable;
 mod error;
+pub mod faults;
 mod filesystem;
 mod lock;
 mod name;

@@ -1,0 +1,106 @@
+//! How long forks and freezes take: figures, not promises. Run with
+//! `cargo test --release -p offshoot-storage --test measure -- --ignored --nocapture`.
+
+#![allow(clippy::print_stdout, reason = "the figures are what this is for")]
+
+mod support;
+
+use std::io::IoSlice;
+use std::time::{Duration, Instant};
+
+use offshoot_storage::{Durability, LayerName, StorageBackend, Volume, VolumeName, open_backend};
+use support::{FileSystem, Mounted};
+
+const GIB: u64 = 1 << 30;
+
+fn volume(name: &str) -> VolumeName {
+    VolumeName::new(name).unwrap()
+}
+
+fn layer(name: &str) -> LayerName {
+    LayerName::new(name).unwrap()
+}
+
+fn report(what: &str, mut times: Vec<Duration>) {
+    times.sort();
+    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_micros();
+    println!(
+        "{what}: n {} p50 {} us, p95 {} us, max {} us",
+        times.len(),
+        at(50),
+        at(95),
+        at(100)
+    );
+}
+
+/// A GiB of content in pieces of `piece` bytes, spread evenly over the volume.
+fn scatter(vol: &dyn Volume, piece: usize) {
+    let mut bytes = vec![0; piece];
+    let pieces = GIB / piece as u64;
+    let stride = vol.size() / pieces;
+    for index in 0..pieces {
+        bytes[..8].copy_from_slice(&(index + 1).to_le_bytes());
+        vol.write_vectored_at(&[IoSlice::new(&bytes)], index * stride)
+            .unwrap();
+    }
+    vol.flush().unwrap();
+}
+
+fn measure(store: &dyn StorageBackend, what: &str, piece: usize) {
+    let rounds = if piece < 1 << 20 { 20 } else { 200 };
+    let source = store.create(&volume("source"), 10 * GIB).unwrap();
+    scatter(&*source, piece);
+    let base = layer("base");
+    store.freeze(source.name(), &base, Durability::Now).unwrap();
+    let (mut forks, mut first_flush) = (Vec::new(), Vec::new());
+    for index in 0..rounds {
+        let name = volume(&format!("f{index}"));
+        let start = Instant::now();
+        let fork = store.fork(&base, &name).unwrap();
+        forks.push(start.elapsed());
+        fork.write_vectored_at(&[IoSlice::new(&[1; 4096])], 0)
+            .unwrap();
+        let start = Instant::now();
+        fork.flush().unwrap();
+        first_flush.push(start.elapsed());
+    }
+    report(&format!("{what}: fork"), forks);
+    report(&format!("{what}: first flush"), first_flush);
+    if piece < 1 << 20 {
+        return;
+    }
+    for durability in [Durability::Deferred, Durability::Now] {
+        for dirty in [0, 1 << 20, 64 << 20] {
+            let mut times = Vec::new();
+            for index in 0..20 {
+                let bytes = vec![u8::try_from(index + 1).unwrap(); dirty];
+                source
+                    .write_vectored_at(&[IoSlice::new(&bytes)], 0)
+                    .unwrap();
+                let frozen = layer(&format!("{durability:?}-{dirty}-{index}"));
+                let start = Instant::now();
+                store.freeze(source.name(), &frozen, durability).unwrap();
+                times.push(start.elapsed());
+            }
+            report(
+                &format!("{what}: freeze {durability:?}, {} MiB dirty", dirty >> 20),
+                times,
+            );
+        }
+    }
+}
+
+#[test]
+#[ignore = "measures"]
+fn reflink() {
+    for file_system in [FileSystem::Btrfs, FileSystem::Xfs] {
+        for piece in [16 << 20, 1 << 20, 64 << 10] {
+            let Some(mounted) = Mounted::new(file_system, 12 << 10) else {
+                return;
+            };
+            let store = open_backend("reflink", &mounted.path().join("store")).unwrap();
+            let what = format!("reflink on {file_system:?}, pieces of {} KiB", piece >> 10);
+            measure(&*store, &what, piece);
+        }
+    }
+}
