@@ -222,7 +222,7 @@ impl StoreDir {
     }
 
     /// What stands before ".<ext>" in a room's file names.
-    fn names(&self, room: Room) -> io::Result<Vec<String>> {
+    pub(crate) fn names(&self, room: Room) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in Dir::read_from(self.room(room))? {
             let entry = entry?;
