@@ -1,22 +1,35 @@
 //! The machine: KVM, guest memory, vCPUs, boot, capture and build.
-#![allow(
-    dead_code,
-    unused_imports,
-    reason = "the machine that uses these pieces is the next to come"
-)]
 
 pub mod acpi;
 pub mod arch;
+mod bindings;
 pub mod boot;
+mod build;
 pub mod bus;
+mod capture;
+mod config;
+mod device_loop;
 mod error;
 pub mod exits;
 pub mod kvm;
+mod legacy;
+mod machine;
 pub mod memory;
+mod models;
+mod slots;
+mod state;
 mod sync;
 #[cfg(test)]
 mod tests;
 mod threads;
 mod vcpu;
 
+pub use bindings::{Bindings, DriveBinding, DriveSource, GenerationId, Misfit, Misfits};
+pub use config::{DeviceConfig, MAX_DEVICES, MachineConfig};
 pub use error::{Error, ErrorKind, Result};
+pub use exits::{ExitReason, Exits, KvmError, Registers};
+pub use kvm::Host;
+pub use machine::{Cleanup, Machine, Paused, Running};
+pub use memory::{Memory, RamSize};
+pub use models::{DriveConfig, ModelConfig, ModelState};
+pub use state::{DeviceState, MachineState, PlatformState};

@@ -1,3 +1,5 @@
-//! Machines made from the pieces by hand, running a few hand-assembled instructions.
+//! Machines on KVM, running a few hand-assembled instructions.
 
 mod bare;
+mod guest;
+mod machine;

@@ -12,6 +12,7 @@ use crate::bus::{Bus, BusDevice};
 use crate::exits::{ExitReason, Exits, FirstExit};
 use crate::kvm::{Host, IrqLine, Vm};
 use crate::memory::{Memory, RamSize};
+use crate::tests::guest::host;
 use crate::vcpu::{Board, Vcpu};
 
 /// Records what the guest writes, and tells `end` from the rest.
@@ -169,16 +170,6 @@ impl Bare {
             recorder,
             exits,
             first_exit,
-        }
-    }
-}
-
-fn host() -> Option<Arc<Host>> {
-    match Host::open() {
-        Ok(host) => Some(host),
-        Err(error) => {
-            eprintln!("skipped: {error}");
-            None
         }
     }
 }

@@ -1,0 +1,206 @@
+//! What a machine takes from its host: every resource, by the id of the device that needs it.
+//!
+//! None of this is ever in saved state. A copy of a machine gets bindings of its own, and whatever
+//! does not fit is listed at once, before anything is made.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use offshoot_devices::virtio::blk::BlkHost;
+use offshoot_storage::{LayerName, StorageBackend, Volume};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::models::Demand;
+
+/// The volume behind a drive, and how it is frozen for a snapshot.
+#[derive(Debug, Clone)]
+pub struct DriveBinding {
+    /// The volume and how its I/O is done.
+    pub host: BlkHost,
+    /// Where the volume comes from. Without it the machine runs, and cannot be written into a
+    /// snapshot.
+    pub source: Option<DriveSource>,
+}
+
+/// Where a drive's volume comes from.
+#[derive(Debug, Clone)]
+pub struct DriveSource {
+    /// The backend that keeps it.
+    pub backend: Arc<dyn StorageBackend>,
+    /// The layer it is, when it was opened by [`StorageBackend::open_layer`]: it is immutable and
+    /// needs no freezing.
+    pub layer: Option<LayerName>,
+}
+
+impl DriveBinding {
+    /// A volume of `backend`.
+    #[must_use]
+    pub fn volume(backend: Arc<dyn StorageBackend>, volume: Arc<dyn Volume>) -> Self {
+        Self {
+            host: BlkHost::new(volume),
+            source: Some(DriveSource {
+                backend,
+                layer: None,
+            }),
+        }
+    }
+
+    /// An immutable layer of `backend`, for a read-only drive.
+    #[must_use]
+    pub fn layer(
+        backend: Arc<dyn StorageBackend>,
+        layer: LayerName,
+        volume: Arc<dyn Volume>,
+    ) -> Self {
+        Self {
+            host: BlkHost::new(volume),
+            source: Some(DriveSource {
+                backend,
+                layer: Some(layer),
+            }),
+        }
+    }
+}
+
+/// The id that tells a guest that it is a copy (VM generation id): 128 random bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GenerationId(pub [u8; 16]);
+
+impl GenerationId {
+    /// A fresh one.
+    ///
+    /// # Errors
+    /// When the host has no entropy to give.
+    pub fn fresh() -> Result<Self> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).map_err(|e| {
+            Error::because(
+                ErrorKind::System,
+                "the host has no random bytes for a generation id",
+                e,
+            )
+        })?;
+        Ok(Self(bytes))
+    }
+}
+
+/// Everything that a machine takes from its host.
+#[derive(Debug, Default)]
+pub struct Bindings {
+    /// Volumes, by the id of the drive.
+    pub drives: BTreeMap<String, DriveBinding>,
+    /// The generation id that the guest finds; a fresh one when there is none here.
+    pub generation: Option<GenerationId>,
+}
+
+impl Bindings {
+    /// Brings a volume for the drive `id`.
+    #[must_use]
+    pub fn with_drive(mut self, id: impl Into<String>, drive: DriveBinding) -> Self {
+        self.drives.insert(id.into(), drive);
+        self
+    }
+
+    /// Compares with what the devices demand.
+    pub(crate) fn check<'a>(&self, demands: impl Iterator<Item = (&'a str, Demand)>) -> Result<()> {
+        let mut misfits = Vec::new();
+        let mut wanted = Vec::new();
+        for (id, demand) in demands {
+            match demand {
+                Demand::Drive { size, read_only } => {
+                    wanted.push(id);
+                    match self.drives.get(id) {
+                        None => misfits.push(Misfit::NoDrive(id.into())),
+                        Some(drive) => {
+                            let volume = &drive.host.volume;
+                            if size.is_some_and(|size| size != volume.size()) {
+                                misfits.push(Misfit::DriveSize {
+                                    id: id.into(),
+                                    wanted: size.unwrap_or(0),
+                                    found: volume.size(),
+                                });
+                            }
+                            if volume.is_read_only() && !read_only {
+                                misfits.push(Misfit::DriveReadOnly(id.into()));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        let unknown = self
+            .drives
+            .keys()
+            .filter(|id| !wanted.contains(&id.as_str()));
+        misfits.extend(unknown.map(|id| Misfit::UnknownDrive(id.clone())));
+        if misfits.is_empty() {
+            Ok(())
+        } else {
+            Err(Misfits(misfits).into())
+        }
+    }
+}
+
+/// One thing that does not fit between a machine and its bindings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Misfit {
+    /// A drive has no volume.
+    NoDrive(String),
+    /// There is no such drive.
+    UnknownDrive(String),
+    /// The volume does not have the size that the guest knows.
+    DriveSize {
+        /// The drive.
+        id: String,
+        /// The size that the guest knows, in bytes.
+        wanted: u64,
+        /// The volume's size, in bytes.
+        found: u64,
+    },
+    /// The guest may write and the volume may not be written.
+    DriveReadOnly(String),
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoDrive(id) => write!(f, "drive {id} has no volume"),
+            Self::UnknownDrive(id) => write!(f, "there is no drive {id}"),
+            Self::DriveSize { id, wanted, found } => write!(
+                f,
+                "drive {id} has {wanted} bytes for the guest and its volume has {found}"
+            ),
+            Self::DriveReadOnly(id) => {
+                write!(f, "drive {id} is writable and its volume is read-only")
+            }
+        }
+    }
+}
+
+/// All that does not fit; the source of an error of kind [`ErrorKind::Bindings`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Misfits(pub Vec<Misfit>);
+
+impl fmt::Display for Misfits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, misfit) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "; " };
+            write!(f, "{comma}{misfit}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Misfits {}
+
+impl From<Misfits> for Error {
+    fn from(misfits: Misfits) -> Self {
+        Self::because(
+            ErrorKind::Bindings,
+            "what was brought does not fit the machine",
+            misfits,
+        )
+    }
+}
