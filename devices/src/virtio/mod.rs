@@ -1,9 +1,12 @@
 //! Virtio 1.2 devices and their MMIO transport.
 
+pub mod balloon;
 pub mod blk;
 mod device;
 pub mod interrupt;
 pub mod mmio;
+mod ring;
+pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
