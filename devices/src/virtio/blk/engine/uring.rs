@@ -5,6 +5,8 @@
 //! system does them.
 
 mod ring;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::RawFd;

@@ -4,7 +4,11 @@
     reason = "a test that is wrong by a cast fails"
 )]
 
+mod faults;
+mod hostile;
+mod life;
 mod requests;
+mod restore;
 mod volume;
 
 use std::sync::atomic::Ordering;

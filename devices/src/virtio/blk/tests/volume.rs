@@ -1,20 +1,21 @@
-//! A volume whose faults and delays a test decides, over a real file.
+//! A volume whose faults and delays a test decides, over one of the copy backend.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
-use offshoot_storage::{Volume, VolumeName};
+use offshoot_storage::{StorageBackend, Volume, VolumeName, copy};
 
-/// A raw file as a volume. It hands out the file itself only if `raw` is set.
+/// A volume of the copy backend. It hands out its file only if `raw` is set.
 #[derive(Debug)]
 pub(super) struct TestVolume {
-    name: VolumeName,
-    pub(super) file: File,
-    size: u64,
+    inner: Arc<dyn Volume>,
+    _backend: Arc<dyn StorageBackend>,
+    _dir: tempfile::TempDir,
     pub(super) raw: bool,
+    /// Handed out instead of the volume's own file.
+    pub(super) raw_instead: Option<File>,
     pub(super) read_only: bool,
     /// Every change and every flush fails with EIO.
     pub(super) fail_changes: AtomicBool,
@@ -53,13 +54,17 @@ impl Gate {
 
 impl TestVolume {
     pub(super) fn new(size: u64) -> Self {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(size).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let backend = copy::open(dir.path()).unwrap();
+        let inner = backend
+            .create(&VolumeName::new("test").unwrap(), size)
+            .unwrap();
         Self {
-            name: VolumeName::new("test").unwrap(),
-            file,
-            size,
+            inner,
+            _backend: backend,
+            _dir: dir,
             raw: true,
+            raw_instead: None,
             read_only: false,
             fail_changes: AtomicBool::new(false),
             fail_reads: AtomicBool::new(false),
@@ -74,8 +79,10 @@ impl TestVolume {
     }
 
     pub(super) fn content(&self) -> Vec<u8> {
-        let mut bytes = vec![0; usize::try_from(self.size).unwrap()];
-        self.file.read_exact_at(&mut bytes, 0).unwrap();
+        let mut bytes = vec![0; usize::try_from(self.inner.size()).unwrap()];
+        self.inner
+            .read_vectored_at(&mut [IoSliceMut::new(&mut bytes)], 0)
+            .unwrap();
         bytes
     }
 
@@ -87,71 +94,52 @@ impl TestVolume {
         }
         Ok(())
     }
-
-    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size);
-        inside
-            .then_some(())
-            .ok_or(io::ErrorKind::InvalidInput.into())
-    }
-
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.enter(&self.fail_changes)?;
-        self.check(offset, len)?;
-        let zeroes = vec![0; usize::try_from(len).unwrap()];
-        self.file.write_all_at(&zeroes, offset)
-    }
 }
 
 impl Volume for TestVolume {
     fn name(&self) -> &VolumeName {
-        &self.name
+        self.inner.name()
     }
 
     fn size(&self) -> u64 {
-        self.size
+        self.inner.size()
     }
 
     fn is_read_only(&self) -> bool {
         self.read_only
     }
 
-    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], mut offset: u64) -> io::Result<()> {
-        let len: usize = bufs.iter().map(|b| b.len()).sum();
-        self.check(offset, len as u64)?;
-        for buf in &mut *bufs {
-            self.file.read_exact_at(buf, offset)?;
-            offset += buf.len() as u64;
-        }
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
+        self.inner.read_vectored_at(bufs, offset)?;
         self.enter(&self.fail_reads)
     }
 
-    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], mut offset: u64) -> io::Result<()> {
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         self.enter(&self.fail_changes)?;
-        let len: usize = bufs.iter().map(|b| b.len()).sum();
-        self.check(offset, len as u64)?;
-        for buf in bufs {
-            self.file.write_all_at(buf, offset)?;
-            offset += buf.len() as u64;
-        }
-        Ok(())
+        self.inner.write_vectored_at(bufs, offset)
     }
 
     fn flush(&self) -> io::Result<()> {
         self.flushes.fetch_add(1, Ordering::SeqCst);
         self.enter(&self.fail_changes)?;
-        self.file.sync_data()
+        self.inner.flush()
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.zero(offset, len)
+        self.enter(&self.fail_changes)?;
+        self.inner.discard(offset, len)
     }
 
-    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
-        self.zero(offset, len)
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.enter(&self.fail_changes)?;
+        self.inner.write_zeroes(offset, len, unmap)
     }
 
     fn raw_file(&self) -> Option<&File> {
-        self.raw.then_some(&self.file)
+        if self.raw_instead.is_some() {
+            self.raw_instead.as_ref()
+        } else {
+            self.inner.raw_file().filter(|_| self.raw)
+        }
     }
 }

@@ -318,7 +318,7 @@ impl RingWithMemory {
     }
 
     /// Never enters the ring to submit again; what the kernel has not seen fails with `code`.
-    fn give_up(&mut self, code: i32) {
+    pub(super) fn give_up(&mut self, code: i32) {
         self.dead = Some(code);
         for slot in self.pushed.drain(..) {
             if let Some(place) = self.slots.get_mut(slot) {
