@@ -22,6 +22,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod digest;
 mod dir;
 mod disks;
 mod error;
@@ -41,12 +42,13 @@ mod text;
 mod time;
 mod writer;
 
+pub use digest::Digest;
 pub use disks::Disk;
 pub use error::{Error, ErrorKind, Place};
 pub use header::{FORMAT_VERSION, HEADER_LEN, Header, OLDEST_READABLE_FORMAT};
 pub use id::{InvalidSnapshotId, SnapshotId};
 pub use limits::*;
-pub use manifest::{Manifest, ManifestParts};
+pub use manifest::{Manifest, ManifestParts, SectionInfo};
 pub use memory_image::{MemoryImage, Progress, Verify};
 pub use memory_map::{Chunk, ChunkDigest, MemoryLayout, MemoryMap, Region};
 pub use metadata::Metadata;
@@ -56,7 +58,9 @@ pub use requirements::{
     Tsc,
 };
 pub use sections::{Section, Sections};
-pub use snapshot::{MANIFEST_FILE, MEMORY_FILE, RawSnapshot, read_header, read_requirements};
+pub use snapshot::{
+    MANIFEST_FILE, MEMORY_FILE, RawSnapshot, read_header, read_manifest, read_requirements,
+};
 pub use text::InvalidText;
 pub use time::Timestamp;
 pub use writer::{

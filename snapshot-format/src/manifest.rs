@@ -17,6 +17,8 @@
 
 use std::ops::Range;
 
+use serde::Serialize;
+
 use crate::disks::Disks;
 use crate::error::{Broken, Found};
 use crate::header::{FORMAT_VERSION, HEADER_LEN};
@@ -25,8 +27,8 @@ use crate::memory_map::Wire;
 use crate::sections::decode;
 use crate::table::{self, Entry, Layout, TRAILER_LEN};
 use crate::{
-    Disk, Error, ErrorKind, Header, MemoryMap, Metadata, Payload, Place, Requirements, Section,
-    SectionKind, Sections, SnapshotId, Timestamp,
+    Digest, Disk, Error, ErrorKind, Header, MemoryMap, Metadata, Payload, Place, Requirements,
+    Section, SectionKind, Sections, SnapshotId, Timestamp,
 };
 
 /// The sections that are described in this crate; each occurs once in every manifest.
@@ -101,8 +103,8 @@ impl ManifestParts {
             bytes.extend_from_slice(&section.payload);
         }
         pad_to(&mut bytes, layout.trailer());
-        let digest = blake3::hash(&bytes);
-        bytes.extend_from_slice(digest.as_bytes());
+        let digest = Digest::of(&bytes);
+        bytes.extend_from_slice(&digest.0);
         Manifest::parse(&bytes)?;
         Ok(bytes)
     }
@@ -115,13 +117,33 @@ fn pad_to(bytes: &mut Vec<u8>, offset: u64) {
     }
 }
 
+/// What the section table says of a section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct SectionInfo {
+    /// Whose state it is.
+    pub kind: SectionKind,
+    /// The payload's version.
+    pub version: u16,
+    /// Tells sections of one kind apart.
+    pub instance: u32,
+    /// A reader that does not consume the section must refuse the snapshot.
+    pub required: bool,
+    /// Where in the manifest the payload starts.
+    pub offset: u64,
+    /// Bytes of the payload.
+    pub length: u64,
+    /// CRC-32C of the payload.
+    pub checksum: u32,
+}
+
 /// A manifest whose bounds, checksums and rules of form are proven. What its sections *mean* is still for
 /// the machine to check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     header: Header,
     entries: Vec<Entry>,
-    digest: [u8; TRAILER_LEN],
+    digest: Digest,
     requirements: Requirements,
     memory: MemoryMap,
     disks: Vec<Disk>,
@@ -151,8 +173,8 @@ impl Manifest {
         let trailer = header.total_length.saturating_sub(TRAILER_LEN as u64);
         check_zero(bytes, gap_start..trailer)?;
         let covered = bytes_in(bytes, 0..trailer).ok_or_else(|| short(Place::Trailer))?;
-        let digest = *blake3::hash(covered).as_bytes();
-        if bytes_in(bytes, trailer..header.total_length) != Some(&digest) {
+        let digest = Digest::of(covered);
+        if bytes_in(bytes, trailer..header.total_length) != Some(&digest.0) {
             let detail = "the manifest's bytes do not have the digest in its trailer";
             return Err(Error::new(ErrorKind::Checksum, Place::Trailer, detail));
         }
@@ -207,7 +229,7 @@ impl Manifest {
 
     /// BLAKE3-256 of the manifest without its trailer: pins the whole snapshot but the disks.
     #[must_use]
-    pub fn digest(&self) -> [u8; 32] {
+    pub fn digest(&self) -> Digest {
         self.digest
     }
 
@@ -233,6 +255,19 @@ impl Manifest {
     #[must_use]
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
+    }
+
+    /// The table's word on all sections, this crate's own included, in the manifest's order.
+    pub fn section_infos(&self) -> impl ExactSizeIterator<Item = SectionInfo> {
+        self.entries.iter().map(|entry| SectionInfo {
+            kind: entry.kind,
+            version: entry.version,
+            instance: entry.instance,
+            required: entry.required,
+            offset: entry.offset,
+            length: entry.length,
+            checksum: entry.checksum,
+        })
     }
 
     /// The machine's own sections, to be consumed.

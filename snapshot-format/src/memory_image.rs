@@ -10,7 +10,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use crate::dir::{fingerprint, stat_of};
-use crate::{Chunk, ChunkDigest, Error, ErrorKind, MemoryMap, Place};
+use crate::{Chunk, ChunkDigest, Digest, Error, ErrorKind, MemoryMap, Place};
 
 /// Bytes that are read at once: bounds memory whatever the chunk size of an image is.
 const READ_LEN: usize = 1 << 20;
@@ -95,7 +95,7 @@ impl<'a> MemoryImage<'a> {
         let proven = self.read(&chunk, bytes, chunk.file_offset).and_then(|()| {
             let held = match expected {
                 ChunkDigest::Zero => is_zero(bytes),
-                ChunkDigest::Blake3(digest) => blake3::hash(bytes) == digest,
+                ChunkDigest::Blake3(digest) => Digest::of(bytes) == digest,
             };
             if held { Ok(()) } else { Err(wrong(&chunk)) }
         });
@@ -222,7 +222,7 @@ impl<'a> MemoryImage<'a> {
                 self.read_pieces(chunk, buffer, |piece| {
                     hasher.update(piece);
                 })?;
-                hasher.finalize() == digest
+                hasher.finalize() == digest.0
             }
         };
         if held { Ok(()) } else { Err(wrong(chunk)) }

@@ -19,10 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Broken;
 use crate::limits::{MAX_CHUNK_SIZE, MAX_CHUNKS, MAX_IMAGE_LEN, MAX_REGIONS};
-use crate::{Error, ErrorKind, Payload, Place, SectionKind};
+use crate::{Digest, Error, ErrorKind, Payload, Place, SectionKind};
 
-/// Length of a BLAKE3-256 digest.
-pub(crate) const DIGEST_LEN: usize = 32;
 /// The chunk size that our machines use: large enough that digests are 0.003 % of memory, small enough
 /// to hash within a millisecond.
 const DEFAULT_CHUNK_SIZE: u32 = 1 << 20;
@@ -67,7 +65,7 @@ pub enum ChunkDigest {
     /// Zeros only.
     Zero,
     /// Bytes with this BLAKE3-256 hash, at least one of them not zero.
-    Blake3([u8; DIGEST_LEN]),
+    Blake3(Digest),
 }
 
 /// A region and where the image holds it.
@@ -238,7 +236,7 @@ pub struct MemoryMap {
     /// For each byte of `zero`: how many chunks before it are not zero.
     rank: Vec<u32>,
     /// Of the chunks that are not zero, in order.
-    digests: Vec<[u8; DIGEST_LEN]>,
+    digests: Vec<Digest>,
 }
 
 impl MemoryMap {
@@ -276,11 +274,7 @@ impl MemoryMap {
         Self::checked(layout, zero, known).map_err(malformed)
     }
 
-    fn checked(
-        layout: MemoryLayout,
-        zero: Vec<u8>,
-        digests: Vec<[u8; DIGEST_LEN]>,
-    ) -> Result<Self, Broken> {
+    fn checked(layout: MemoryLayout, zero: Vec<u8>, digests: Vec<Digest>) -> Result<Self, Broken> {
         if zero.len() as u64 != layout.chunk_count().div_ceil(8) {
             rule("the zero bits are not as many as the chunks")?;
         }
@@ -347,17 +341,21 @@ impl MemoryMap {
             chunk_size: self.layout.chunk_size,
             regions: self.layout.regions.iter().map(|p| p.region).collect(),
             zero_chunks: Bytes(self.zero.clone()),
-            digests: Bytes(self.digests.as_flattened().to_vec()),
+            digests: Bytes(self.digests.iter().flat_map(|d| d.0).collect()),
         }
     }
 
     pub(crate) fn from_wire(wire: Wire) -> Result<Self, Broken> {
         let layout = MemoryLayout::checked(wire.page_size, wire.chunk_size, &wire.regions)?;
-        let (digests, rest) = wire.digests.0.as_chunks::<DIGEST_LEN>();
+        let (digests, rest) = wire.digests.0.as_chunks::<{ Digest::LEN }>();
         if !rest.is_empty() {
             rule("the digests are not whole")?;
         }
-        Self::checked(layout, wire.zero_chunks.0, digests.to_vec())
+        Self::checked(
+            layout,
+            wire.zero_chunks.0,
+            digests.iter().copied().map(Digest).collect(),
+        )
     }
 }
 

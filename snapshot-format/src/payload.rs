@@ -20,6 +20,12 @@ impl std::fmt::Display for SectionKind {
     }
 }
 
+impl Serialize for SectionKind {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// A payload that could not be read or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

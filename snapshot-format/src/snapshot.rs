@@ -33,11 +33,7 @@ impl RawSnapshot {
     /// [`MemoryImage::prove`].
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let dir = open_dir(dir)?;
-        let (file, len) = open_manifest(&dir)?;
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-        read_at(&file, &mut bytes, 0)?;
-        let manifest = Manifest::parse(&bytes)?;
-
+        let manifest = manifest_in(&dir)?;
         let memory = open_regular(&dir, MEMORY_FILE, Place::Memory)?;
         let found = size_of_file(&stat_of(&memory, Place::Memory)?);
         let expected = manifest.memory_map().layout().image_len();
@@ -63,6 +59,14 @@ impl RawSnapshot {
     pub fn memory(&self) -> MemoryImage<'_> {
         MemoryImage::new(&self.memory, self.manifest.memory_map())
     }
+}
+
+/// Reads only the manifest of the snapshot in `dir`; its memory image may be damaged or missing.
+///
+/// # Errors
+/// As [`Manifest::parse`], or what the operating system said.
+pub fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
+    manifest_in(&open_dir(dir)?)
 }
 
 /// Reads only the header of the snapshot in `dir`, which may be of a version that this build does not read:
@@ -106,6 +110,11 @@ pub fn read_requirements(dir: &Path) -> Result<(Header, Requirements), Error> {
     Ok((header, requirements))
 }
 
+fn manifest_in(dir: &File) -> Result<Manifest, Error> {
+    let (file, len) = open_manifest(dir)?;
+    Manifest::parse(&read_range(&file, 0, len)?)
+}
+
 fn open_manifest(dir: &File) -> Result<(File, u64), Error> {
     let file = open_regular(dir, MANIFEST_FILE, Place::Manifest)?;
     let len = size_of_file(&stat_of(&file, Place::Manifest)?);
@@ -128,19 +137,15 @@ fn header_of(file: &File, len: u64) -> Result<Header, Error> {
     Header::parse(&bytes)
 }
 
+/// Reads `len` bytes, which the caller has bounded.
 fn read_range(file: &File, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-    read_at(file, &mut bytes, offset)?;
-    Ok(bytes)
-}
-
-fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> Result<(), Error> {
-    file.read_exact_at(bytes, offset)
-        .map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                let detail = "it became shorter while it was read";
-                Error::new(ErrorKind::Changed, Place::Manifest, detail)
-            }
-            _ => Error::io(Place::Manifest, "cannot read it", e),
-        })
+    match file.read_exact_at(&mut bytes, offset) {
+        Ok(()) => Ok(bytes),
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            let detail = "it became shorter while it was read";
+            Err(Error::new(ErrorKind::Changed, Place::Manifest, detail))
+        }
+        Err(e) => Err(Error::io(Place::Manifest, "cannot read it", e)),
+    }
 }

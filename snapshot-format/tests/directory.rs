@@ -488,7 +488,7 @@ fn clean_up_takes_only_what_dead_writers_left() {
     let before = names(store.path());
 
     let report = clean_partial(store.path()).unwrap();
-    assert_eq!(report.removed, [dead.clone()]);
+    assert_eq!(report.removed, std::slice::from_ref(&dead));
     assert_eq!(report.in_use.len(), 1);
     let failed: Vec<_> = report.failed.iter().map(|(name, _)| name).collect();
     assert_eq!(failed, [&strange]);

@@ -32,7 +32,7 @@ fn memory() -> impl Strategy<Value = MemoryMap> {
             .chunks()
             .map(|c| match seed >> (c.index % 64) & 1 {
                 0 => ChunkDigest::Zero,
-                _ => ChunkDigest::Blake3(*blake3::hash(&c.index.to_le_bytes()).as_bytes()),
+                _ => ChunkDigest::Blake3(Digest::of(&c.index.to_le_bytes())),
             })
             .collect();
         MemoryMap::new(layout, digests).unwrap()

@@ -22,9 +22,9 @@ pub(crate) fn sample() -> ManifestParts {
     )
     .unwrap();
     let digests = [
-        ChunkDigest::Blake3([7; 32]),
+        ChunkDigest::Blake3(Digest([7; 32])),
         ChunkDigest::Zero,
-        ChunkDigest::Blake3([9; 32]),
+        ChunkDigest::Blake3(Digest([9; 32])),
     ];
     ManifestParts {
         id: SnapshotId::from_bytes(*b"0123456789abcdef"),
@@ -95,7 +95,7 @@ fn round_trip() {
     let bytes = parts.encode().unwrap();
     let manifest = Manifest::parse(&bytes).unwrap();
     assert_eq!(manifest.header().section_count, 6);
-    assert_eq!(manifest.digest(), bytes[bytes.len() - 32..]);
+    assert_eq!(manifest.digest().0, bytes[bytes.len() - 32..]);
     assert_eq!(manifest.into_parts(), parts);
 }
 

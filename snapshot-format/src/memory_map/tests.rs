@@ -75,7 +75,7 @@ fn digests_are_found_by_rank() {
             if i % 3 == 0 || (8..16).contains(&i) {
                 ChunkDigest::Zero
             } else {
-                ChunkDigest::Blake3([i; 32])
+                ChunkDigest::Blake3(Digest([i; 32]))
             }
         })
         .collect();

@@ -5,7 +5,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 
 use crate::memory_image::is_zero;
-use crate::{Chunk, ChunkDigest, Error, ErrorKind, MemoryLayout, MemoryMap, Place, SnapshotId};
+use crate::{
+    Chunk, ChunkDigest, Digest, Error, ErrorKind, MemoryLayout, MemoryMap, Place, SnapshotId,
+};
 
 /// Zero runs shorter than this are stored: many small holes would cost more in extents, calls and
 /// page-cache folios than they save in space.
@@ -79,7 +81,7 @@ impl MemoryWriter {
             return Err(Error::new(ErrorKind::Misuse, chunk.place(), detail));
         }
         let digest = if self.write_data(&chunk, bytes)? {
-            ChunkDigest::Blake3(*blake3::hash(bytes).as_bytes())
+            ChunkDigest::Blake3(Digest::of(bytes))
         } else {
             ChunkDigest::Zero
         };
