@@ -1,0 +1,105 @@
+//! Keeps the arrows between the workspace's rooms (docs/architecture.md).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+/// Which rooms a room may depend on. What is reached through several arrows counts as allowed
+/// only where it stands here.
+const ARROWS: [(&str, &[&str]); 7] = [
+    ("offshoot-snapshot-format", &[]),
+    ("offshoot-storage", &[]),
+    ("offshoot-protocol", &[]),
+    ("offshoot-pilot", &["offshoot-protocol"]),
+    ("offshoot-devices", &["offshoot-snapshot-format", "offshoot-storage"]),
+    ("offshoot-vmm", &["offshoot-devices", "offshoot-snapshot-format", "offshoot-storage"]),
+    (
+        "offshoot-cli",
+        &[
+            "offshoot-devices",
+            "offshoot-pilot",
+            "offshoot-protocol",
+            "offshoot-snapshot-format",
+            "offshoot-storage",
+            "offshoot-vmm",
+        ],
+    ),
+];
+
+/// Rooms that only tests of another room may use besides: the yardstick guest.
+const TEST_ONLY: [&str; 2] = ["offshoot-pilot", "offshoot-protocol"];
+
+/// Rooms that forbid unsafe code altogether, and their crate roots.
+const SAFE_ROOTS: [&str; 3] =
+    ["snapshot-format/src/lib.rs", "guest/protocol/src/lib.rs", "cli/src/main.rs"];
+
+fn metadata() -> serde_json::Value {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON")
+}
+
+#[test]
+fn rooms_depend_only_along_the_arrows() {
+    let allowed: BTreeMap<_, _> = ARROWS.into_iter().collect();
+    let metadata = metadata();
+    let packages = metadata["packages"].as_array().unwrap();
+    let rooms: BTreeSet<_> = packages.iter().map(|room| room["name"].as_str().unwrap()).collect();
+    let mut wrong = Vec::new();
+    for package in packages {
+        let room = package["name"].as_str().unwrap();
+        let Some(arrows) = allowed.get(room) else {
+            wrong.push(format!("{room} is a new room: say in this test what it may depend on"));
+            continue;
+        };
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let target = dependency["name"].as_str().unwrap();
+            // A room may have itself as a dev-dependency, to switch on a feature for its tests.
+            let for_tests = dependency["kind"] == "dev" && (TEST_ONLY.contains(&target) || target == room);
+            if rooms.contains(target) && !arrows.contains(&target) && !for_tests {
+                wrong.push(format!("{room} -> {target}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "arrows that the architecture does not have: {wrong:#?}");
+    let missing: Vec<_> = allowed.keys().filter(|room| !rooms.contains(*room)).collect();
+    assert!(missing.is_empty(), "rooms that are gone: {missing:?}");
+}
+
+#[test]
+fn rooms_that_forbid_unsafe_code_say_so() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    for path in SAFE_ROOTS {
+        let source = std::fs::read_to_string(format!("{root}/{path}")).unwrap();
+        assert!(source.contains("#![forbid(unsafe_code)]"), "{path}");
+    }
+}
+
+/// `docs/dependencies.md` has a row for every direct dependency, and for no other.
+#[test]
+fn every_direct_dependency_is_explained() {
+    let metadata = metadata();
+    let packages = metadata["packages"].as_array().unwrap();
+    let direct: BTreeSet<_> = packages
+        .iter()
+        .flat_map(|package| package["dependencies"].as_array().unwrap())
+        .map(|dependency| dependency["name"].as_str().unwrap().to_owned())
+        .filter(|name| !name.starts_with("offshoot-"))
+        .collect();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/dependencies.md");
+    let table = std::fs::read_to_string(path).unwrap();
+    let explained: BTreeSet<_> = table
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once('`'))
+        .map(|(name, _)| name.to_owned())
+        .collect();
+    let unexplained: Vec<_> = direct.difference(&explained).collect();
+    let stale: Vec<_> = explained.difference(&direct).collect();
+    assert!(
+        unexplained.is_empty() && stale.is_empty(),
+        "docs/dependencies.md lacks {unexplained:?} and has rows for {stale:?}, which nothing uses"
+    );
+}
