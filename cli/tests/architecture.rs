@@ -10,8 +10,18 @@ const ARROWS: [(&str, &[&str]); 7] = [
     ("offshoot-storage", &[]),
     ("offshoot-protocol", &[]),
     ("offshoot-pilot", &["offshoot-protocol"]),
-    ("offshoot-devices", &["offshoot-snapshot-format", "offshoot-storage"]),
-    ("offshoot-vmm", &["offshoot-devices", "offshoot-snapshot-format", "offshoot-storage"]),
+    (
+        "offshoot-devices",
+        &["offshoot-snapshot-format", "offshoot-storage"],
+    ),
+    (
+        "offshoot-vmm",
+        &[
+            "offshoot-devices",
+            "offshoot-snapshot-format",
+            "offshoot-storage",
+        ],
+    ),
     (
         "offshoot-cli",
         &[
@@ -29,16 +39,29 @@ const ARROWS: [(&str, &[&str]); 7] = [
 const TEST_ONLY: [&str; 2] = ["offshoot-pilot", "offshoot-protocol"];
 
 /// Rooms that forbid unsafe code altogether, and their crate roots.
-const SAFE_ROOTS: [&str; 3] =
-    ["snapshot-format/src/lib.rs", "guest/protocol/src/lib.rs", "cli/src/main.rs"];
+const SAFE_ROOTS: [&str; 3] = [
+    "snapshot-format/src/lib.rs",
+    "guest/protocol/src/lib.rs",
+    "cli/src/main.rs",
+];
 
 fn metadata() -> serde_json::Value {
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .args([
+            "metadata",
+            "--format-version",
+            "1",
+            "--no-deps",
+            "--offline",
+        ])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .expect("cargo runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON")
 }
 
@@ -47,25 +70,37 @@ fn rooms_depend_only_along_the_arrows() {
     let allowed: BTreeMap<_, _> = ARROWS.into_iter().collect();
     let metadata = metadata();
     let packages = metadata["packages"].as_array().unwrap();
-    let rooms: BTreeSet<_> = packages.iter().map(|room| room["name"].as_str().unwrap()).collect();
+    let rooms: BTreeSet<_> = packages
+        .iter()
+        .map(|room| room["name"].as_str().unwrap())
+        .collect();
     let mut wrong = Vec::new();
     for package in packages {
         let room = package["name"].as_str().unwrap();
         let Some(arrows) = allowed.get(room) else {
-            wrong.push(format!("{room} is a new room: say in this test what it may depend on"));
+            wrong.push(format!(
+                "{room} is a new room: say in this test what it may depend on"
+            ));
             continue;
         };
         for dependency in package["dependencies"].as_array().unwrap() {
             let target = dependency["name"].as_str().unwrap();
             // A room may have itself as a dev-dependency, to switch on a feature for its tests.
-            let for_tests = dependency["kind"] == "dev" && (TEST_ONLY.contains(&target) || target == room);
+            let for_tests =
+                dependency["kind"] == "dev" && (TEST_ONLY.contains(&target) || target == room);
             if rooms.contains(target) && !arrows.contains(&target) && !for_tests {
                 wrong.push(format!("{room} -> {target}"));
             }
         }
     }
-    assert!(wrong.is_empty(), "arrows that the architecture does not have: {wrong:#?}");
-    let missing: Vec<_> = allowed.keys().filter(|room| !rooms.contains(*room)).collect();
+    assert!(
+        wrong.is_empty(),
+        "arrows that the architecture does not have: {wrong:#?}"
+    );
+    let missing: Vec<_> = allowed
+        .keys()
+        .filter(|room| !rooms.contains(*room))
+        .collect();
     assert!(missing.is_empty(), "rooms that are gone: {missing:?}");
 }
 
