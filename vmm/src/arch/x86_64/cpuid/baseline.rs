@@ -242,7 +242,12 @@ pub(super) fn settle_extended_state(entries: &mut Vec<kvm_cpuid_entry2>) {
     let has_xsave = entries
         .iter()
         .any(|entry| entry.function == 1 && entry.ecx & XSAVE != 0);
-    let xcr0 = super::word(entries, EXTENDED_STATE, 0, super::Register::Eax);
+    let xcr0 = super::word(
+        entries,
+        EXTENDED_STATE,
+        0,
+        offshoot_snapshot_format::CpuidRegister::Eax,
+    );
     entries.retain(|entry| {
         let component = (2..32).contains(&entry.index);
         entry.function != EXTENDED_STATE
