@@ -10,7 +10,7 @@
 use std::io;
 use std::sync::Arc;
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{DeviceError, Interrupt};
@@ -73,6 +73,15 @@ pub(crate) fn serve(
         interrupt.used_buffer().map_err(cannot_interrupt)?;
     }
     Ok(())
+}
+
+/// Takes the next available chain. An available index that no driver could have written is an
+/// error, not an empty queue (`pop_descriptor_chain` makes no difference between them).
+pub(crate) fn pop<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestRam,
+) -> Result<Option<DescriptorChain<&'m GuestRam>>, Error> {
+    Ok(queue.iter(memory)?.next())
 }
 
 /// An eventfd for each queue.
