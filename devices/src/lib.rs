@@ -2,7 +2,9 @@
 //! notifications are eventfds, guest memory is `vm-memory`, disks are `offshoot-storage` volumes.
 
 mod error;
+pub mod legacy;
 pub mod virtio;
+pub mod vmgenid;
 
 pub use error::{Error, ErrorKind};
 
