@@ -202,9 +202,10 @@ pub trait StorageBackend: Send + Sync + Debug {
     fn usage(&self, volume: &VolumeName) -> Result<Usage, Error>;
 
     /// Reads the metadata of a volume and of all that it depends on, and reports what is wrong; it
-    /// may be open.
+    /// may be open through this object.
     ///
     /// # Errors
-    /// `Damaged` with the first finding; `NotFound`.
+    /// `Damaged` with the first finding; `NotFound`; `InUse` when it is open for writing elsewhere
+    /// and its metadata is on the move.
     fn check(&self, volume: &VolumeName) -> Result<(), Error>;
 }

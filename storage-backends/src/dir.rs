@@ -206,22 +206,18 @@ impl StoreDir {
     }
 
     /// The names in a room, sorted; files whose name is none are passed over.
-    pub(crate) fn list<N: Ord>(
+    pub(crate) fn list<N>(
         &self,
         room: Room,
         parse: impl Fn(&str) -> Option<N>,
     ) -> Result<Vec<N>, Error> {
-        let mut names = self
+        let names = self
             .names(room)
-            .map_err(|e| Error::io("list", self.room_path(room).display(), e))?
-            .iter()
-            .filter_map(|name| parse(name))
-            .collect::<Vec<_>>();
-        names.sort_unstable();
-        Ok(names)
+            .map_err(|e| Error::io("list", self.room_path(room).display(), e))?;
+        Ok(names.iter().filter_map(|name| parse(name)).collect())
     }
 
-    /// What stands before ".<ext>" in a room's file names.
+    /// What stands before ".<ext>" in a room's file names, sorted.
     pub(crate) fn names(&self, room: Room) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in Dir::read_from(self.room(room))? {
@@ -234,6 +230,7 @@ impl StoreDir {
                 names.push(name.to_owned());
             }
         }
+        names.sort_unstable();
         Ok(names)
     }
 

@@ -45,9 +45,17 @@ pub(super) fn locks(bench: &Bench<'_>) -> Result<(), Failure> {
     )?;
     ensure(store.layers()?.is_empty(), "a refused freeze left a layer")?;
     write(&*writer, 0, &[5; 512])?;
-    // Looking is always allowed.
+    // Looking is allowed, as far as there is something steady to look at.
+    store.usage(&name)?;
     elsewhere.usage(&name)?;
-    elsewhere.check(&name)?;
+    store.check(&name)?;
+    if let Err(e) = elsewhere.check(&name) {
+        refused::<()>(
+            Err(e),
+            in_use,
+            "checking what is open for writing elsewhere",
+        )?;
+    }
     drop(writer);
 
     let readers = [

@@ -41,7 +41,7 @@ impl EngineKind {
     }
 
     /// Refuses an engine that was not compiled in.
-    pub(super) fn require(
+    pub(crate) fn require(
         self,
         operation: &'static str,
         object: impl fmt::Display,
