@@ -502,7 +502,8 @@ impl Worker {
     /// (virtio 1.2, 2.1.2).
     fn fail(&mut self, error: &DeviceError) {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
-            tracing::warn!(%error, "a drive needs a reset by its driver");
+            // Not a warning: a guest can have it as often as it likes.
+            tracing::info!(%error, "a drive needs a reset by its driver");
             raise(self.interrupt.config_change());
         }
     }

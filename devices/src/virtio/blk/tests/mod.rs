@@ -4,7 +4,9 @@
     reason = "a test that is wrong by a cast fails"
 )]
 
+mod denied;
 mod faults;
+mod fork;
 mod hostile;
 mod life;
 mod requests;

@@ -30,6 +30,10 @@ use crate::virtio::blk::spans::Spans;
 /// `UIO_MAXIOV`: the most pieces in one entry.
 const MAX_PIECES: usize = 1024;
 
+/// The most kernel threads for what a file system cannot do asynchronously (buffered writes on
+/// most): those on one file take turns anyway.
+const KERNEL_WORKERS: u32 = 4;
+
 /// The registered file.
 const FILE: types::Fixed = types::Fixed(0);
 
@@ -52,6 +56,13 @@ impl Ring {
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let ring = IoUring::builder().dontfork().build(entries)?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
+        // Kernels before 5.15 do not know this limit and keep their own, also a small one.
+        if let Err(error) = ring
+            .submitter()
+            .register_iowq_max_workers(&mut [KERNEL_WORKERS; 2])
+        {
+            tracing::debug!(%error, "io_uring keeps its own limit of kernel workers");
+        }
         Ok(Self(Uring(ring)))
     }
 
