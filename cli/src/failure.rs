@@ -1,13 +1,15 @@
 //! Why a command failed, as one sentence with the causes behind it.
 
 use std::error::Error;
-use std::fmt;
+use std::fmt::{self, Write};
+use std::io;
 
 /// A failed command.
 #[derive(Debug)]
 pub(crate) struct Failure {
     what: String,
     causes: Vec<String>,
+    reader_gone: bool,
 }
 
 impl Failure {
@@ -16,7 +18,23 @@ impl Failure {
         Self {
             what: what.into(),
             causes: Vec::new(),
+            reader_gone: false,
         }
+    }
+
+    /// Writing to standard output failed.
+    pub(crate) fn output(error: impl Into<io::Error>) -> Self {
+        let error = error.into();
+        let reader_gone = error.kind() == io::ErrorKind::BrokenPipe;
+        Self {
+            reader_gone,
+            ..Self::from(error).context("cannot write to standard output")
+        }
+    }
+
+    /// Whether whoever reads standard output has enough of it (`offshoot inspect … | head`).
+    pub(crate) fn is_reader_gone(&self) -> bool {
+        self.reader_gone
     }
 
     /// Says what was being done when `self` happened.
@@ -38,17 +56,26 @@ impl<E: Error> From<E> for Failure {
         Self {
             what: error.to_string(),
             causes,
+            reader_gone: false,
         }
     }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)?;
-        self.causes
-            .iter()
-            .try_for_each(|cause| write!(f, "\n  because: {cause}"))
+        write_printable(f, &self.what)?;
+        self.causes.iter().try_for_each(|cause| {
+            f.write_str("\n  because: ")?;
+            write_printable(f, cause)
+        })
     }
+}
+
+/// Writes `text` without control characters: it may quote a path or a file's content, and must not
+/// drive a terminal.
+fn write_printable(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    text.chars()
+        .try_for_each(|c| f.write_char(if c.is_control() { ' ' } else { c }))
 }
 
 /// Says what was being done when a result failed.
@@ -76,5 +103,20 @@ mod tests {
             "cannot load snap-1\n  because: cannot read the manifest\n  because: disk on fire";
         assert_eq!(failure.to_string(), expected);
         assert_eq!(Failure::new("no").to_string(), "no");
+    }
+
+    #[test]
+    fn nothing_in_a_failure_drives_a_terminal() {
+        let failure = Failure::new("no file a\u{1b}[2J\nb").context("cannot \r");
+        let expected = "cannot  \n  because: no file a [2J b";
+        assert_eq!(failure.to_string(), expected);
+    }
+
+    #[test]
+    fn only_standard_output_can_lose_its_reader() {
+        let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
+        assert!(Failure::output(broken()).is_reader_gone());
+        assert!(!Failure::from(broken()).is_reader_gone());
+        assert!(!Failure::output(io::Error::other("full")).is_reader_gone());
     }
 }

@@ -9,7 +9,10 @@
 )]
 
 mod failure;
+mod inspect;
+mod verify;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -24,18 +27,25 @@ struct Cli {
     command: Command,
 }
 
+/// One variant a subcommand: its arguments, with a `run`, in a module of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
+    Inspect(inspect::Inspect),
+    Verify(verify::Verify),
     /// Print the version of the command and of the snapshot format that it writes.
     Version,
 }
 
 fn main() -> ExitCode {
+    let out = &mut std::io::stdout().lock();
     let done = match Cli::parse().command {
-        Command::Version => version(),
+        Command::Inspect(inspect) => inspect.run(out),
+        Command::Verify(verify) => verify.run(out),
+        Command::Version => version(out),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
+        Err(failure) if failure.is_reader_gone() => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("offshoot: {failure}");
             ExitCode::FAILURE
@@ -43,11 +53,22 @@ fn main() -> ExitCode {
     }
 }
 
-fn version() -> Result<(), Failure> {
-    println!(
+fn version(out: &mut impl Write) -> Result<(), Failure> {
+    writeln!(
+        out,
         "offshoot {} (snapshot format {})",
         env!("CARGO_PKG_VERSION"),
         offshoot_snapshot_format::FORMAT_VERSION
-    );
-    Ok(())
+    )
+    .map_err(Failure::output)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
 }
