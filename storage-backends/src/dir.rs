@@ -4,7 +4,7 @@
 //! <dir>/offshoot-store        which backend owns the directory: "offshoot-store 1 <kind>\n"
 //! <dir>/volumes/<name>.<ext>  one file a volume
 //! <dir>/layers/<name>.<ext>   one file a layer
-//! <dir>/*/.new-<pid>-<n>      in the making, locked by its maker; see `durable`
+//! <dir>/*/.offshoot-new-<pid>-<n>  in the making, locked by its maker; see `durable`
 //! ```
 //!
 //! All access goes through descriptors of the three directories, one path component at a time, and
@@ -155,16 +155,7 @@ impl StoreDir {
     /// Whether there is something of this name, before any work is put into making it. The answer
     /// that counts is that of [`NewFile::publish`].
     pub(crate) fn exists(&self, room: Room, name: &str) -> io::Result<bool> {
-        let stat = statat(
-            self.room(room),
-            self.file_name(name),
-            AtFlags::SYMLINK_NOFOLLOW,
-        );
-        match stat {
-            Ok(_) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(e) => Err(e.into()),
-        }
+        durable::is_taken(self.room(room), self.file_name(name))
     }
 
     /// Opens the file of a volume or layer without a lock.

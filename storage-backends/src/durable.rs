@@ -4,6 +4,7 @@
 //! and renamed to its name when it is complete. What a dead process left under a temporary name is
 //! told from what a living one is working on by that lock.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,7 +19,7 @@ use rustix::io::Errno;
 use crate::lock::{Lock, try_lock};
 
 /// What temporary names start with; no volume or layer name does.
-const TEMPORARY: &str = ".new-";
+const TEMPORARY: &str = ".offshoot-new-";
 
 /// How many times a temporary name is tried before the directory is called hopeless.
 const ATTEMPTS: u32 = 64;
@@ -76,8 +77,8 @@ impl<'a> NewFile<'a> {
 
     /// Gives the file its name, unless that is taken ([`io::ErrorKind::AlreadyExists`]). The lock
     /// stays with the returned file. Neither content nor name is durable by this.
-    pub(crate) fn publish(mut self, name: &str) -> io::Result<File> {
-        rename_noreplace(self.dir, &self.name, name)?;
+    pub(crate) fn publish<N: AsRef<OsStr> + ?Sized>(mut self, name: &N) -> io::Result<File> {
+        rename_noreplace(self.dir, &self.name, name.as_ref())?;
         Ok(self.file.take().unwrap_or_else(|| unreachable!()))
     }
 }
@@ -102,7 +103,7 @@ impl Drop for NewFile<'_> {
 }
 
 /// Renames within `dir`, never over an existing file.
-pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &str, to: &str) -> io::Result<()> {
+pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &str, to: &OsStr) -> io::Result<()> {
     match renameat_with(dir, from, dir, to, RenameFlags::NOREPLACE) {
         Err(Errno::INVAL | Errno::NOSYS) => link_then_unlink(dir, from, to),
         other => Ok(other?),
@@ -111,10 +112,19 @@ pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &str, to: &str) -> io:
 
 /// The same on file systems without RENAME_NOREPLACE (NFS): a link never replaces. A crash in
 /// between leaves both names; the temporary one is cleaned up later.
-fn link_then_unlink(dir: BorrowedFd<'_>, from: &str, to: &str) -> io::Result<()> {
+fn link_then_unlink(dir: BorrowedFd<'_>, from: &str, to: &OsStr) -> io::Result<()> {
     linkat(dir, from, dir, to, AtFlags::empty())?;
     unlinkat(dir, from, AtFlags::empty())?;
     Ok(())
+}
+
+/// Whether `dir` has anything of this name.
+pub(crate) fn is_taken(dir: BorrowedFd<'_>, name: impl AsRef<OsStr>) -> io::Result<bool> {
+    match statat(dir, name.as_ref(), AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// Whether `name` in `dir` is still the file that `file` has open.
@@ -209,9 +219,9 @@ mod tests {
             let (dir, fd) = dir();
             std::fs::write(dir.path().join("taken"), "old").unwrap();
             let new = NewFile::create(fd.as_fd(), Mode::RUSR | Mode::WUSR).unwrap();
-            let error = publish(fd.as_fd(), new.name(), "taken").unwrap_err();
+            let error = publish(fd.as_fd(), new.name(), "taken".as_ref()).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-            publish(fd.as_fd(), new.name(), "free").unwrap();
+            publish(fd.as_fd(), new.name(), "free".as_ref()).unwrap();
             drop(new);
             assert_eq!(entries(&dir), ["free", "taken"]);
             assert_eq!(std::fs::read(dir.path().join("taken")).unwrap(), b"old");
@@ -223,8 +233,8 @@ mod tests {
         let (dir, fd) = dir();
         let new = NewFile::create(fd.as_fd(), Mode::RUSR | Mode::WUSR).unwrap();
         assert!(!remove_if_abandoned(fd.as_fd(), new.name()).unwrap());
-        std::fs::write(dir.path().join(".new-1-1"), "half").unwrap();
-        assert!(remove_if_abandoned(fd.as_fd(), ".new-1-1").unwrap());
+        std::fs::write(dir.path().join(".offshoot-new-1-1"), "half").unwrap();
+        assert!(remove_if_abandoned(fd.as_fd(), ".offshoot-new-1-1").unwrap());
         assert_eq!(entries(&dir), [new.name()]);
     }
 }

@@ -16,6 +16,7 @@ mod durable;
 mod error;
 pub mod faults;
 mod filesystem;
+pub mod image;
 mod lock;
 mod name;
 pub mod qcow2;

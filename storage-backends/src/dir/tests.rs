@@ -102,7 +102,11 @@ fn only_regular_files_are_opened() {
 fn what_a_dead_process_left_goes_and_what_a_living_one_makes_stays() {
     let (dir, store) = store();
     let volumes = dir.path().join("volumes");
-    for leftover in ["volumes/.new-1-0", "layers/.new-77-3", ".new-5-5"] {
+    for leftover in [
+        "volumes/.offshoot-new-1-0",
+        "layers/.offshoot-new-77-3",
+        ".offshoot-new-5-5",
+    ] {
         std::fs::write(dir.path().join(leftover), "half").unwrap();
     }
     // Named but never synced before a power cut.
@@ -119,7 +123,7 @@ fn what_a_dead_process_left_goes_and_what_a_living_one_makes_stays() {
     names.sort();
     assert_eq!(names, [living.name(), "not-ours.txt", "whole.raw"]);
     assert_eq!(dir.path().join("layers").read_dir().unwrap().count(), 0);
-    assert!(!dir.path().join(".new-5-5").exists());
+    assert!(!dir.path().join(".offshoot-new-5-5").exists());
     living.publish("made.raw").unwrap();
 }
 

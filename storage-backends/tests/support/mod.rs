@@ -163,3 +163,8 @@ pub(crate) fn entries(dir: &Path) -> Vec<String> {
     names.sort();
     names
 }
+
+/// Says that a test, or a part of it, was not done.
+pub(crate) fn skipped(why: &str) {
+    eprintln!("skipped: {why}");
+}
