@@ -108,6 +108,7 @@ impl Bindings {
         let mut wanted = Vec::new();
         for (id, demand) in demands {
             match demand {
+                Demand::Nothing => {}
                 Demand::Drive { size, read_only } => {
                     wanted.push(id);
                     match self.drives.get(id) {

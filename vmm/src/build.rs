@@ -81,7 +81,7 @@ impl Machine {
         }
         let mut slots = Vec::new();
         for (place, device) in windows(config.devices.len()).zip(&config.devices) {
-            let model = Model::new(&device.id, &device.model, &bindings)?;
+            let model = Model::new(&device.id, &device.model, &bindings, vm.memory())?;
             slots.push(Slot::new(&device.id, place, model, vm.memory())?);
         }
         // A machine begins paused: every stage after this is the same as after a build.
@@ -151,7 +151,7 @@ impl Machine {
         state.chips.restore(vm.fd())?;
         let mut slots = Vec::new();
         for (place, (id, device)) in windows(state.devices.len()).zip(devices()) {
-            let model = Model::restore(id, &device.model, &bindings)?;
+            let model = Model::restore(id, &device.model, &bindings, vm.memory())?;
             slots.push(Slot::restore(id, place, model, device, vm.memory())?);
         }
         assemble(Parts {

@@ -17,6 +17,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use offshoot_devices::GuestRam;
+use offshoot_devices::virtio::balloon::{GuestRange, PageReclaim};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 
@@ -363,6 +364,23 @@ pub fn reclaim(ram: &GuestRam, start: GuestAddress, len: usize) -> Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error()).context(WHAT)
+    }
+}
+
+/// Gives pages that the balloon names back to the host.
+#[derive(Debug)]
+pub(crate) struct RamReclaim(Arc<GuestRam>);
+
+impl RamReclaim {
+    pub(crate) fn boxed(memory: &Memory) -> Box<dyn PageReclaim> {
+        Box::new(Self(Arc::clone(&memory.ram)))
+    }
+}
+
+impl PageReclaim for RamReclaim {
+    fn reclaim(&self, range: GuestRange) -> io::Result<()> {
+        let len = usize::try_from(range.len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        reclaim(&self.0, range.start, len).map_err(io::Error::other)
     }
 }
 

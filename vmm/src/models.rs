@@ -3,11 +3,15 @@
 use std::sync::{Arc, Mutex};
 
 use offshoot_devices::virtio::VirtioDevice;
+use offshoot_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonState};
 use offshoot_devices::virtio::blk::{Blk, BlkConfig, BlkState};
+use offshoot_devices::virtio::rng::{BytesPerSecond, DEFAULT_RATE, Rng, RngState};
+use offshoot_snapshot_format::{self as format, Payload, Section, Sections};
 
 use crate::bindings::Bindings;
 use crate::device_loop::Subscriber;
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{Memory, RamReclaim};
 use crate::sync::lock;
 
 /// A device as it is configured. It is the same in every copy of a machine.
@@ -16,6 +20,15 @@ use crate::sync::lock;
 pub enum ModelConfig {
     /// A drive. Its volume comes with the bindings.
     Drive(DriveConfig),
+    /// Random bytes from the host, at most at this rate.
+    Entropy(BytesPerSecond),
+    /// A balloon: memory that the guest gives back.
+    Balloon(BalloonConfig),
+}
+
+impl ModelConfig {
+    /// Random bytes at the usual rate.
+    pub const ENTROPY: Self = Self::Entropy(DEFAULT_RATE);
 }
 
 /// How a drive looks to the guest.
@@ -33,19 +46,29 @@ pub struct DriveConfig {
 pub enum ModelState {
     /// A drive.
     Drive(BlkState),
+    /// An entropy device.
+    Entropy(RngState),
+    /// A balloon.
+    Balloon(BalloonState),
 }
 
 /// What a device needs from the bindings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Demand {
+    Nothing,
     /// A volume: of this size in bytes when the guest knows one already.
-    Drive { size: Option<u64>, read_only: bool },
+    Drive {
+        size: Option<u64>,
+        read_only: bool,
+    },
 }
 
 /// A living device.
 #[derive(Debug)]
 pub(crate) enum Model {
     Drive(Arc<Mutex<Blk>>),
+    Entropy(Arc<Mutex<Rng>>),
+    Balloon(Arc<Mutex<Balloon>>),
 }
 
 impl ModelConfig {
@@ -55,11 +78,18 @@ impl ModelConfig {
                 size: None,
                 read_only: drive.read_only,
             },
+            Self::Entropy(_) | Self::Balloon(_) => Demand::Nothing,
         }
     }
 }
 
 const SECTOR: u64 = 512;
+const BLK: &str = "virtio-blk";
+const RNG: &str = "virtio-rng";
+const BALLOON: &str = "virtio-balloon";
+
+/// Every model that there is, as a snapshot's requirements list them.
+pub(crate) const MODEL_NAMES: &[&str] = &[BLK, RNG, BALLOON];
 
 impl ModelState {
     pub(crate) fn demand(&self) -> Demand {
@@ -68,6 +98,7 @@ impl ModelState {
                 size: Some(state.capacity_sectors.saturating_mul(SECTOR)),
                 read_only: state.read_only,
             },
+            Self::Entropy(_) | Self::Balloon(_) => Demand::Nothing,
         }
     }
 
@@ -75,8 +106,39 @@ impl ModelState {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Drive(_) => "virtio-blk",
+            Self::Drive(_) => BLK,
+            Self::Entropy(_) => RNG,
+            Self::Balloon(_) => BALLOON,
         }
+    }
+
+    /// The state as the section of the device at place `instance`.
+    pub(crate) fn section(&self, instance: u32) -> std::result::Result<Section, format::Error> {
+        match self {
+            Self::Drive(state) => Section::required(instance, state),
+            Self::Entropy(state) => Section::required(instance, state),
+            Self::Balloon(state) => Section::required(instance, state),
+        }
+    }
+
+    /// Takes the section of the device at place `instance`, whatever model it is of.
+    pub(crate) fn take(sections: &mut Sections<'_>, instance: u32) -> Result<Self> {
+        fn one<P: Payload>(
+            sections: &mut Sections<'_>,
+            instance: u32,
+            wrap: fn(P) -> ModelState,
+        ) -> Option<std::result::Result<ModelState, format::Error>> {
+            let section = sections.take_if_present(P::KIND, instance)?;
+            Some(section.decode().map(wrap))
+        }
+        one(sections, instance, Self::Drive)
+            .or_else(|| one(sections, instance, Self::Entropy))
+            .or_else(|| one(sections, instance, Self::Balloon))
+            .ok_or_else(|| {
+                let what = format!("device {instance} of the snapshot is of no known model");
+                Error::new(ErrorKind::BadState, what)
+            })?
+            .map_err(|e| Error::because(ErrorKind::BadState, "the snapshot cannot be used", e))
     }
 }
 
@@ -94,7 +156,12 @@ fn unbound(id: &str) -> Error {
 
 impl Model {
     /// Makes a new device. The bindings have been checked.
-    pub(crate) fn new(id: &str, config: &ModelConfig, bindings: &Bindings) -> Result<Self> {
+    pub(crate) fn new(
+        id: &str,
+        config: &ModelConfig,
+        bindings: &Bindings,
+        memory: &Memory,
+    ) -> Result<Self> {
         match config {
             ModelConfig::Drive(drive) => {
                 let binding = bindings.drives.get(id).ok_or_else(|| unbound(id))?;
@@ -114,11 +181,22 @@ impl Model {
                     .map(|blk| Self::Drive(shared(blk)))
                     .map_err(|e| device_error(id, e))
             }
+            ModelConfig::Entropy(rate) => Rng::new(*rate)
+                .map(|rng| Self::Entropy(shared(rng)))
+                .map_err(|e| device_error(id, e)),
+            ModelConfig::Balloon(config) => Balloon::new(*config, RamReclaim::boxed(memory))
+                .map(|balloon| Self::Balloon(shared(balloon)))
+                .map_err(|e| device_error(id, e)),
         }
     }
 
     /// Makes a device from saved state, quiesced. The bindings have been checked.
-    pub(crate) fn restore(id: &str, state: &ModelState, bindings: &Bindings) -> Result<Self> {
+    pub(crate) fn restore(
+        id: &str,
+        state: &ModelState,
+        bindings: &Bindings,
+        memory: &Memory,
+    ) -> Result<Self> {
         match state {
             ModelState::Drive(state) => {
                 let binding = bindings.drives.get(id).ok_or_else(|| unbound(id))?;
@@ -126,6 +204,12 @@ impl Model {
                     .map(|blk| Self::Drive(shared(blk)))
                     .map_err(|e| device_error(id, e))
             }
+            ModelState::Entropy(state) => Rng::restore(state)
+                .map(|rng| Self::Entropy(shared(rng)))
+                .map_err(|e| device_error(id, e)),
+            ModelState::Balloon(state) => Balloon::restore(state, RamReclaim::boxed(memory))
+                .map(|balloon| Self::Balloon(shared(balloon)))
+                .map_err(|e| device_error(id, e)),
         }
     }
 
@@ -133,18 +217,24 @@ impl Model {
     pub(crate) fn save(&self) -> ModelState {
         match self {
             Self::Drive(blk) => ModelState::Drive(lock(blk).save()),
+            Self::Entropy(rng) => ModelState::Entropy(lock(rng).save()),
+            Self::Balloon(balloon) => ModelState::Balloon(lock(balloon).save()),
         }
     }
 
     pub(crate) fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
         match self {
             Self::Drive(blk) => Arc::clone(blk) as _,
+            Self::Entropy(rng) => Arc::clone(rng) as _,
+            Self::Balloon(balloon) => Arc::clone(balloon) as _,
         }
     }
 
     pub(crate) fn subscriber(&self) -> Subscriber {
         match self {
             Self::Drive(blk) => Arc::clone(blk) as _,
+            Self::Entropy(rng) => Arc::clone(rng) as _,
+            Self::Balloon(balloon) => Arc::clone(balloon) as _,
         }
     }
 }

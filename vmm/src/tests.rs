@@ -3,3 +3,4 @@
 mod bare;
 mod guest;
 mod machine;
+mod snapshot;

@@ -2,12 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
+use crate::arch::msr;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::threads;
 
 /// The only version of the KVM API there has been since 2007.
 const KVM_API_VERSION: i32 = 12;
@@ -31,13 +33,13 @@ const NEEDED: &[(Cap, &str)] = &[
 ];
 
 /// This host's KVM, open and found sufficient. Shared by all machines.
-#[derive(Debug)]
 pub struct Host {
     kvm: Kvm,
     supported_cpuid: CpuId,
     msr_indices: Vec<u32>,
     xsave_size: usize,
     tsc_control: bool,
+    tsc_khz: OnceLock<Option<u32>>,
     max_vcpus: usize,
 }
 
@@ -79,12 +81,14 @@ impl Host {
             .context("cannot ask KVM for the MSRs it supports")?
             .as_slice()
             .to_vec();
+        let msr_indices = msr::candidates(&msr_indices);
         // The capability's value is the size, 0 on kernels that only know the classic 4 KiB.
         let xsave_size = usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Arc::new(Self {
             supported_cpuid,
             msr_indices,
             xsave_size: xsave_size.max(crate::arch::XSAVE_MIN),
+            tsc_khz: OnceLock::new(),
             tsc_control: kvm.check_extension(Cap::TscControl),
             max_vcpus: kvm.get_max_vcpus(),
             kvm,
@@ -97,7 +101,7 @@ impl Host {
         &self.supported_cpuid
     }
 
-    /// The MSRs that KVM can save here, its own among them.
+    /// The MSRs that KVM may be able to save here, its own among them, ascending.
     #[must_use]
     pub fn msr_indices(&self) -> &[u32] {
         &self.msr_indices
@@ -119,8 +123,39 @@ impl Host {
         self.tsc_control
     }
 
+    /// The frequency that a guest's TSC has here by itself, where KVM tells.
+    pub(crate) fn tsc_khz(&self) -> Option<u32> {
+        *self.tsc_khz.get_or_init(|| {
+            // Only a vCPU knows. This one never runs; closing it takes long, which nobody waits for.
+            let vm = self.kvm.create_vm().ok()?;
+            let vcpu = vm.create_vcpu(0).ok()?;
+            let khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz != 0);
+            let _ = threads::spawn("reaper".into(), move || drop((vcpu, vm)));
+            khz
+        })
+    }
+
+    /// The capabilities that every machine needs: number and name.
+    pub(crate) fn needed_capabilities() -> impl Iterator<Item = (u32, String)> {
+        NEEDED
+            .iter()
+            .map(|(cap, _)| (*cap as u32, format!("{cap:?}")))
+    }
+
+    /// KVM's answer for the capability of this number; 0 when it has it not.
+    pub(crate) fn capability(&self, number: u32) -> u32 {
+        let answer = self.kvm.check_extension_raw(number.into());
+        u32::try_from(answer).unwrap_or(0)
+    }
+
     pub(crate) fn kvm(&self) -> &Kvm {
         &self.kvm
+    }
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host").finish_non_exhaustive()
     }
 }
 

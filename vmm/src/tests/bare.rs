@@ -3,10 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::CpuId;
 use offshoot_snapshot_format::Payload;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::cpuid::for_vcpu;
 use crate::arch::{VcpuState, VmState, msr, regs};
 use crate::bus::{Bus, BusDevice};
 use crate::exits::{ExitReason, Exits, FirstExit};
@@ -56,6 +58,10 @@ struct Bare {
     first_exit: Arc<FirstExit>,
 }
 
+fn cpuid(host: &Host, id: u8) -> CpuId {
+    CpuId::from_entries(&for_vcpu(host.supported_cpuid().as_slice(), id, 1)).unwrap()
+}
+
 const CODE: u64 = 0x10_0000;
 const PORT: u64 = 0x80;
 
@@ -86,13 +92,7 @@ impl Bare {
         let vcpus = (0..vcpus)
             .map(|id| {
                 let fd = vm.create_vcpu(id).unwrap();
-                let mut cpuid = host.supported_cpuid().clone();
-                for entry in cpuid.as_mut_slice() {
-                    if entry.function == 1 {
-                        entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id) << 24;
-                    }
-                }
-                fd.set_cpuid2(&cpuid).unwrap();
+                fd.set_cpuid2(&cpuid(host, id)).unwrap();
                 msrs = msr::restorable(&fd, host.msr_indices()).unwrap();
                 msr::set_for_boot(&fd).unwrap();
                 regs::set_local_interrupts(&fd).unwrap();
@@ -127,11 +127,9 @@ impl Bare {
     }
 
     fn save(&self, host: &Host) -> (Vec<VcpuState>, VmState) {
-        let vcpus = self.vcpus.iter().map(|vcpu| {
-            vcpu.with(|fd| {
-                let cpuid = fd.get_cpuid2(256).unwrap();
-                VcpuState::save(host, fd, &cpuid, &self.msrs).unwrap()
-            })
+        let vcpus = (0..).zip(&self.vcpus).map(|(id, vcpu)| {
+            let cpuid = cpuid(host, id);
+            vcpu.with(|fd| VcpuState::save(host, fd, &cpuid, &self.msrs).unwrap())
         });
         (vcpus.collect(), VmState::save(self.vm.fd()).unwrap())
     }
@@ -153,7 +151,7 @@ impl Bare {
             .zip(&state.0)
             .map(|(id, saved)| {
                 let fd = vm.create_vcpu(id).unwrap();
-                assert!(saved.check(host).unwrap().is_empty());
+                assert_eq!(saved.check(host).unwrap(), Vec::<String>::new());
                 saved.restore(host, &fd).unwrap();
                 (id, fd)
             })

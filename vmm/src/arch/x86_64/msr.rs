@@ -19,6 +19,47 @@ pub const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// cached.
 const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 
+/// MSRs that KVM keeps and does not list: the memory type ranges (variable, fixed, default).
+const UNLISTED: &[u32] = &[
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f,
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f,
+    IA32_MTRR_DEF_TYPE,
+];
+
+/// Every MSR that a host which lists `listed` may be able to save.
+pub(crate) fn candidates(listed: &[u32]) -> Vec<u32> {
+    let mut all = listed.to_vec();
+    all.extend(UNLISTED);
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
 /// The most MSRs that a saved vCPU may have: more than any host lists.
 pub const MAX_MSRS: usize = 1024;
 /// As many as one call takes (the kernel's own limit is 256).

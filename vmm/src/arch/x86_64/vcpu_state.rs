@@ -30,9 +30,10 @@ use kvm_bindings::{
     kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
-use offshoot_snapshot_format::{Payload, SectionKind};
+use offshoot_snapshot_format::{CpuidWord, Payload, SectionKind};
 use serde::{Deserialize, Serialize};
 
+use super::cpuid;
 use super::msr::{self, Msr};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::Host;
@@ -41,7 +42,7 @@ use crate::kvm::Host;
 const MAX_CPUID: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
 /// A saved vCPU. Untrusted: [`VcpuState::check`] looks at what KVM does not.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuState {
     /// CPUID as it was given to this vCPU (its APIC id included).
     pub cpuid: Vec<kvm_cpuid_entry2>,
@@ -65,6 +66,15 @@ pub struct VcpuState {
     pub lapic: kvm_lapic_state,
     /// Model-specific registers.
     pub msrs: Vec<Msr>,
+}
+
+impl std::fmt::Debug for VcpuState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VcpuState")
+            .field("mp_state", &self.mp_state.mp_state)
+            .field("regs", &self.regs)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Payload for VcpuState {
@@ -187,6 +197,19 @@ impl VcpuState {
                 host.xsave_size()
             ));
         }
+        let required = cpuid::features(&self.cpuid);
+        let offered = cpuid::features(host.supported_cpuid().as_slice());
+        let lacking = required.iter().filter_map(|word| {
+            let same = |o: &&CpuidWord| {
+                (o.leaf, o.subleaf, o.register) == (word.leaf, word.subleaf, word.register)
+            };
+            let bits = word.bits & !offered.iter().find(same).map_or(0, |o| o.bits);
+            (bits != 0).then(|| {
+                let (leaf, subleaf, register) = (word.leaf, word.subleaf, word.register);
+                format!("CPUID {leaf:#x}.{subleaf:#x} {register} lacks bits {bits:#x}")
+            })
+        });
+        misfits.extend(lacking);
         let unknown: Vec<String> = indices
             .iter()
             .filter(|index| !host.msr_indices().contains(index))
