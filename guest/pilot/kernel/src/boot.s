@@ -59,10 +59,12 @@ gdt:
     .quad 0x00cf93000000ffff                    // 0x10 ring-0 data
     .quad 0x00cff3000000ffff                    // 0x18 ring-3 data
     .quad 0x00affb000000ffff                    // 0x20 ring-3 code, 64 bit
-    .set TSS, CPU + (4096)
+    .set TSS, CPU + 4096
     .set TSS_LIMIT, 104 + 8192
     .quad (TSS_LIMIT & 0xffff) | ((TSS & 0xffffff) << 16) | (0x89 << 40) | ((TSS >> 24) << 56)
     .quad 0
+    .quad 0x00cf9b000000ffff                    // 0x38 ring-0 code, 32 bit: other processors' way
+    .zero 16 * {max_others}                     // 0x40 their TSSs, filled by smp.rs
 gdt_end:
 
 .balign 8
@@ -108,6 +110,8 @@ page_directories:
     .balign 16
     .if vector == 6
         jmp gates
+    .elseif vector == {nap_vector}
+        jmp nap_over
     .elseif vector == 0xff
         iretq                                   // spurious: no EOI
     .elseif vector >= 0x20
@@ -131,6 +135,14 @@ page_directories:
 interrupt:
     mov byte ptr [rax + {pending}], 1
     mov byte ptr [{woken}], 1
+    mov eax, LAPIC_EOI
+    mov dword ptr [rax], 0
+    pop rax
+    iretq
+
+// The end of another processor's nap: nothing of it concerns the first one.
+nap_over:
+    push rax
     mov eax, LAPIC_EOI
     mov dword ptr [rax], 0
     pop rax
@@ -167,7 +179,15 @@ gates:
 6:  cli
     hlt
     jmp 6b
-7:  push 0
+7:  cmp eax, {gate_nap}
+    jne 8f
+    // Another processor's sleep. Ring 3 runs there with interrupts off, so that none is missed.
+    add qword ptr [rsp], 2
+    sti
+    hlt
+    cli
+    iretq
+8:  push 0
     push 6
     jmp fault
 
@@ -251,6 +271,72 @@ to_ring3:
     push offset {main}
     iretq
 
+// --- other processors ---------------------------------------------------------------
+// smp.rs copies this to a page below 1 MiB: real mode, cs:0 is its start.
+.code16
+.balign 64
+.global trampoline
+trampoline:
+    cli
+    lgdt cs:[64]
+    mov eax, 0x11                               // ET, PE
+    mov cr0, eax
+    .byte 0x66, 0xea                            // ljmp 0x38:other_entry with a 32-bit offset
+    .long other_entry
+    .word 0x38
+.balign 64
+    .word gdt_end - gdt - 1
+    .long gdt
+.global trampoline_end
+trampoline_end:
+
+.code32
+other_entry:
+    mov eax, 0x10
+    mov ds, eax
+    mov ss, eax
+    mov eax, 0x620
+    mov cr4, eax
+    mov eax, offset pml4
+    mov cr3, eax
+    mov ecx, 0xc0000080
+    rdmsr
+    or eax, 0x100
+    wrmsr
+    mov eax, 0x80010033
+    mov cr0, eax
+    ljmp KERNEL_CS, offset other_long
+
+.code64
+other_long:
+    lidt [idt_pointer]
+    mov edi, 1
+    lock xadd dword ptr [{others}], edi         // which one this is, from 0
+    cmp edi, {max_others}
+    jae 9f
+    mov eax, edi
+    shl eax, 4
+    add eax, 0x40
+    ltr ax
+    mov eax, USER_DS
+    mov ds, eax
+    mov es, eax
+    lea ecx, [edi + 1]
+    shl ecx, 9                                  // ring-0 stacks of 512 bytes
+    lea rsp, [rcx + {other_ring0_stacks}]
+    lea ecx, [edi + 1]
+    shl ecx, 12                                 // ring-3 stacks of 4 KiB
+    lea rax, [rcx + {other_stacks} - 8]
+    push USER_DS
+    push rax
+    push 2
+    push USER_CS
+    push offset {other_main}
+    iretq
+9:  cli                                         // more than there are places for
+    hlt
+    jmp 9b
+
 // --- stacks ----------------------------------------------------------------------
 // In .hot: the pages that every turn of the main loop writes lie together.
 .section .hot, "aw", @nobits
@@ -263,5 +349,5 @@ fault_stack_top:
 .balign 4096
     .zero 16384
 report_stack_top:
-    .zero 65536
+    .zero 524288                                // the whole pilot lies here, and moves there once
 user_stack_top:

@@ -6,11 +6,11 @@ use offshoot_protocol::{
 };
 
 use crate::Pilot;
-use crate::cpu;
 use crate::info::peek;
 use crate::serial::{Line, say};
 use crate::virtio::blk::Work;
 use crate::virtio::net::Frames;
+use crate::{cpu, smp};
 
 impl Pilot {
     /// Answers the lines that came in.
@@ -123,8 +123,16 @@ impl Pilot {
                 let bytes = rng.read(usize::from(len), halt, &mut self.interrupts)?;
                 Ok(Reply::Random { bytes })
             }
+            Request::VsockConnect { port, len, seed } => {
+                let vsock = self.devices.vsock.as_mut();
+                let vsock = vsock.ok_or(Refusal::new(ErrorCode::NoDevice, 0))?;
+                vsock
+                    .exchange(port, (len, seed), halt, &mut self.interrupts)
+                    .map(outcome)
+            }
             Request::SetMode { mode } => {
                 self.mode = mode;
+                smp::set_mode(mode);
                 if mode != Mode::Halt {
                     self.devices.disarm();
                 }
@@ -168,8 +176,13 @@ impl Pilot {
             .last_refusal
             .unwrap_or(Refusal::new(ErrorCode::Malformed, 0));
         let cards = || self.devices.net.iter().flatten();
+        let vsock = self.devices.vsock.as_ref();
         let mut vcpus = List::default();
-        let _ = vcpus.push(self.counter);
+        let others = smp::counters(self.vcpus - 1);
+        let fits = core::iter::once(self.counter)
+            .chain(others)
+            .all(|n| vcpus.push(n));
+        debug_assert!(fits, "MAX_OTHERS is one less than the list holds");
         State {
             counter: self.counter,
             boot_id: self.boot_id,
@@ -184,8 +197,8 @@ impl Pilot {
             mode: self.mode,
             interrupts: self.wakes,
             requests: self.requests,
-            connections: 0,
-            resets: 0,
+            connections: vsock.map_or(0, |vsock| vsock.open_connections() as u16),
+            resets: vsock.map_or(0, |vsock| vsock.resets),
             frames_in: cards().map(|card| card.frames_in).sum(),
             frames_out: cards().map(|card| card.frames_out).sum(),
             dirtied: self.dirty.pages,

@@ -12,6 +12,9 @@ pub(crate) const GATE_TRIPLE_FAULT: u32 = 0x0ff5_0003;
 /// Gate: halt for ever.
 pub(crate) const GATE_STOP: u32 = 0x0ff5_0004;
 
+/// Gate: sleep on a processor that is not the first.
+pub(crate) const GATE_NAP: u32 = 0x0ff5_0005;
+
 /// Set by the interrupt entry points, one byte a vector; taken by the main loop.
 pub(crate) static PENDING: [AtomicU8; 256] = [const { AtomicU8::new(0) }; 256];
 /// Set with each of `PENDING`; cleared by the idle gate when it returns.

@@ -10,6 +10,7 @@ use crate::virtio::blk::Blk;
 use crate::virtio::mmio::{self, Found, Transport};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 
 const MAX_BLK: usize = 8;
 const MAX_NET: usize = 4;
@@ -23,6 +24,7 @@ pub(crate) struct Devices {
     pub(crate) blk: [Option<Blk>; MAX_BLK],
     pub(crate) net: [Option<Net>; MAX_NET],
     pub(crate) rng: Option<Rng>,
+    pub(crate) vsock: Option<Vsock>,
     list: List<Device, MAX_DEVICES>,
 }
 
@@ -93,7 +95,14 @@ impl Devices {
                 ),
             ),
             5 => (DeviceKind::Balloon, None),
-            19 => (DeviceKind::Vsock, None),
+            19 => (
+                DeviceKind::Vsock,
+                place(
+                    core::slice::from_mut(&mut self.vsock),
+                    || Vsock::start(&found, allocator, interrupts),
+                    |d| (&d.transport, d.cid),
+                ),
+            ),
             _ => (DeviceKind::Other, None),
         };
         let (features, value) = set_up.unwrap_or((0, 0));
@@ -124,6 +133,9 @@ impl Devices {
             if let Some(disk) = disk {
                 device.value = disk.capacity();
             }
+            if let (DeviceKind::Vsock, Some(vsock)) = (device.kind, &self.vsock) {
+                device.value = vsock.cid;
+            }
             let _ = list.push(device);
         }
         list
@@ -134,7 +146,7 @@ impl Devices {
         [
             self.blk.iter().flatten().count(),
             self.net.iter().flatten().count(),
-            0,
+            usize::from(self.vsock.is_some()),
             usize::from(self.rng.is_some()),
         ]
     }
@@ -153,15 +165,20 @@ impl Devices {
 
     /// Asks for interrupts; whether there is something to do already.
     pub(crate) fn arm(&mut self) -> bool {
-        self.net
+        let any = self
+            .net
             .iter_mut()
             .flatten()
-            .fold(false, |any, net| net.arm() | any)
+            .fold(false, |any, net| net.arm() | any);
+        self.vsock.as_mut().is_some_and(Vsock::arm) | any
     }
 
     /// Asks for none.
     pub(crate) fn disarm(&mut self) {
         self.net.iter_mut().flatten().for_each(Net::disarm);
+        if let Some(vsock) = &mut self.vsock {
+            vsock.disarm();
+        }
     }
 }
 

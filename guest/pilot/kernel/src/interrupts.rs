@@ -133,6 +133,19 @@ pub(crate) fn start_others(page: u8) {
     }
 }
 
+/// Turns this processor's LAPIC on, with its timer at `vector`.
+pub(crate) fn start_napping(vector: u8) {
+    write(LAPIC_TPR, 0);
+    write(LAPIC_SPURIOUS, 0x1ff);
+    write(LAPIC_DIVIDE, 0xb);
+    write(LAPIC_TIMER, u32::from(vector));
+}
+
+/// Has this processor's timer interrupt once after about 10 ms.
+pub(crate) fn arm_nap() {
+    write(LAPIC_INITIAL_COUNT, 10_000_000);
+}
+
 /// A short pause told by reads of an I/O port, each of which takes about a microsecond or more.
 pub(crate) fn pause_us(us: u32) {
     for _ in 0..us {

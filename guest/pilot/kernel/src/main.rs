@@ -21,16 +21,18 @@ mod libc;
 mod memory;
 mod patience;
 mod serial;
+mod smp;
 mod virtio;
 
 use core::arch::global_asm;
 
-use offshoot_protocol::{Id, Mode, READY, VERSION, pattern};
+use offshoot_protocol::{Id, Mode, READY, Refusal, Reply, VERSION, pattern};
 
 use crate::devices::Devices;
 use crate::info::BootInfo;
 use crate::memory::{Allocator, Dirty, Owned};
 use crate::serial::{LineReader, say};
+use crate::virtio::vsock::Vsock;
 
 global_asm!(
     include_str!("boot.s"),
@@ -41,7 +43,14 @@ global_asm!(
     gate_triple_fault = const cpu::GATE_TRIPLE_FAULT,
     gate_stop = const cpu::GATE_STOP,
     report = sym fault::report,
+    gate_nap = const cpu::GATE_NAP,
     main = sym main,
+    others = sym smp::OTHERS,
+    max_others = const smp::MAX_OTHERS,
+    other_ring0_stacks = sym smp::RING0_STACKS,
+    other_stacks = sym smp::STACKS,
+    other_main = sym smp::main,
+    nap_vector = const smp::NAP_VECTOR,
 );
 
 /// Everything that the pilot is, after boot.
@@ -62,7 +71,9 @@ struct Pilot {
     /// Interrupts that meant work.
     wakes: u64,
     requests: u64,
-    last_refusal: Option<offshoot_protocol::Refusal>,
+    last_refusal: Option<Refusal>,
+    /// Processors that run.
+    vcpus: u32,
 }
 
 /// boot.s comes here, in ring 3 on the first processor, interrupts off.
@@ -76,7 +87,7 @@ extern "sysv64" fn main(protocol: u64, info: u64) -> ! {
         "{} {VERSION} ready ram={} vcpus={} blk={blk} net={net} vsock={vsock} rng={rng}",
         &READY[1..],
         pilot.ram,
-        1,
+        pilot.vcpus,
     );
     pilot.run()
 }
@@ -108,7 +119,12 @@ impl Pilot {
             wakes: 0,
             requests: 0,
             last_refusal: None,
+            vcpus: 1,
         };
+        this.vcpus = smp::start(
+            info.number("pilot.vcpus")
+                .map_or(acpi.processors, |n| n as u32),
+        );
         this.boot_id = this.make_boot_id();
         this
     }
@@ -152,7 +168,24 @@ impl Pilot {
         }
     }
 
+    /// Serves devices and the requests that came over vsock; whether there was anything.
     fn serve_devices(&mut self) -> bool {
-        self.devices.poll()
+        let mut any = self.devices.poll();
+        while let Some((ticket, tag, request)) =
+            self.devices.vsock.as_mut().and_then(Vsock::next_request)
+        {
+            any = true;
+            let reply = self.execute(&request).unwrap_or_else(|refusal| {
+                self.last_refusal = Some(refusal);
+                Reply::Refused {
+                    code: refusal.code,
+                    detail: refusal.detail,
+                }
+            });
+            if let Some(vsock) = &mut self.devices.vsock {
+                vsock.reply(ticket, tag, &reply);
+            }
+        }
+        any
     }
 }

@@ -5,3 +5,4 @@ pub(crate) mod mmio;
 pub(crate) mod net;
 pub(crate) mod queue;
 pub(crate) mod rng;
+pub(crate) mod vsock;
