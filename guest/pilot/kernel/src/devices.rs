@@ -157,19 +157,15 @@ impl Devices {
         if let Some(rng) = &mut self.rng {
             rng.poll();
         }
-        self.net
-            .iter_mut()
-            .flatten()
-            .fold(false, |any, net| net.poll() | any)
+        let cards = self.net.iter_mut().flatten();
+        let any = cards.fold(false, |any, net| net.poll() | any);
+        self.vsock.as_mut().is_some_and(Vsock::poll) | any
     }
 
     /// Asks for interrupts; whether there is something to do already.
     pub(crate) fn arm(&mut self) -> bool {
-        let any = self
-            .net
-            .iter_mut()
-            .flatten()
-            .fold(false, |any, net| net.arm() | any);
+        let cards = self.net.iter_mut().flatten();
+        let any = cards.fold(false, |any, net| net.arm() | any);
         self.vsock.as_mut().is_some_and(Vsock::arm) | any
     }
 

@@ -8,7 +8,7 @@ use crate::interrupts::Interrupts;
 /// Turns before the processor is given up.
 const SPINS: u32 = 200;
 /// Timer interrupts of 100 ms without any progress before a wait ends.
-const LIMIT: u32 = 100;
+const LIMIT: u32 = 50;
 
 /// A wait in progress.
 pub(crate) struct Patience {

@@ -50,6 +50,10 @@ pub(crate) struct LineReader {
 }
 
 /// A line that was read.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is no allocator to box the line with"
+)]
 pub(crate) enum Line {
     /// Its bytes.
     Whole([u8; MAX_LINE], usize),

@@ -118,6 +118,29 @@ fn works_without_acpi_and_with_the_first_interrupt_controller() -> TestResult {
 }
 
 #[test]
+fn every_processor_counts() -> TestResult {
+    let options = GuestOptions {
+        cpus: 3,
+        ..Default::default()
+    };
+    let mut guest = Guest::boot(&need_qemu!(), options)?;
+    assert!(guest.ready.contains(" vcpus=3 "), "{}", guest.ready);
+    for mode in [Mode::Halt, Mode::Poll] {
+        guest.ask(&Request::SetMode { mode }.to_string())?;
+        let before = state(&mut guest)?;
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let after = state(&mut guest)?;
+        let pairs = before.vcpus.as_slice().iter().zip(after.vcpus.as_slice());
+        assert_eq!(pairs.clone().count(), 3);
+        assert!(
+            pairs.clone().all(|(before, after)| before < after),
+            "{before}\n{after}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn memory_keeps_its_pattern_until_it_is_changed() -> TestResult {
     let mut guest = Guest::boot(&need_qemu!(), GuestOptions::default())?;
     let owned = state(&mut guest)?.owned;

@@ -193,7 +193,7 @@ impl Blk {
                         status => failed = failed.or(Some(status)),
                     }
                 }
-                None if self.queue.broken => {
+                None if self.queue.broken || self.transport.needs_reset => {
                     self.give_up();
                     patience.end(interrupts);
                     return Err(Refusal::new(ErrorCode::DeviceBroken, outcome.bytes));

@@ -26,6 +26,9 @@ const QUEUE_DEVICE: u64 = 0x0a0;
 const CONFIG_GENERATION: u64 = 0x0fc;
 const CONFIG: u64 = 0x100;
 
+/// Bit of the interrupt status: configuration or device status changed.
+const CONFIG_CHANGED: u32 = 2;
+
 const STATUS_ACKNOWLEDGE: u32 = 1;
 const STATUS_DRIVER: u32 = 2;
 const STATUS_DRIVER_OK: u32 = 4;
@@ -47,6 +50,8 @@ pub(crate) struct Transport {
     vector: Option<u8>,
     /// What both sides agreed on.
     pub(crate) features: u64,
+    /// The device told that it can't go on (virtio 1.2, 2.1.2).
+    pub(crate) needs_reset: bool,
 }
 
 /// A window with a device in it.
@@ -94,6 +99,7 @@ impl Transport {
             gsi: found.gsi,
             vector: None,
             features: 0,
+            needs_reset: false,
         };
         this.write(STATUS, 0);
         (0..1_000_000).find(|_| this.read(STATUS) == 0)?;
@@ -155,27 +161,24 @@ impl Transport {
         self.write(STATUS, STATUS_FAILED);
     }
 
-    /// Whether the device asks for a reset.
-    pub(crate) fn needs_reset(&self) -> bool {
-        self.read(STATUS) & STATUS_NEEDS_RESET != 0
-    }
-
     /// Tells the device that queue `index` has something new.
     pub(crate) fn notify(&self, index: u16) {
         self.write(QUEUE_NOTIFY, u32::from(index));
     }
 
-    /// Whether the device interrupted since this was last asked. Acknowledges, and so must be
-    /// asked before the queues are looked at for the last time.
-    pub(crate) fn take_interrupt(&self) -> bool {
+    /// Acknowledges an interrupt, if one came; to be called before the queues are looked at for
+    /// the last time.
+    pub(crate) fn take_interrupt(&mut self) {
         if !self.vector.is_some_and(cpu::take_pending) {
-            return false;
+            return;
         }
         let status = self.read(INTERRUPT_STATUS);
         if status & 3 != 0 {
             self.write(INTERRUPT_ACK, status & 3);
         }
-        true
+        if status & CONFIG_CHANGED != 0 {
+            self.needs_reset |= self.read(STATUS) & STATUS_NEEDS_RESET != 0;
+        }
     }
 
     /// Reads `N` bytes of the configuration from `offset`, all of one generation (4.2.2.1).
@@ -197,11 +200,6 @@ impl Transport {
     pub(crate) fn config_u32(&self, offset: u64) -> u32 {
         // Fields are read in their own width (4.2.2.2).
         self.read(CONFIG + offset)
-    }
-
-    /// Writes a 32-bit field of the configuration.
-    pub(crate) fn set_config_u32(&self, offset: u64, value: u32) {
-        self.write(CONFIG + offset, value);
     }
 
     /// Reads a 64-bit field of the configuration, both halves of one generation.

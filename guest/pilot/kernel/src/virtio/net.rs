@@ -132,7 +132,7 @@ impl Net {
         if any {
             self.rx.kick(&self.transport);
         }
-        if self.rx.broken || self.tx.broken {
+        if self.rx.broken || self.tx.broken || self.transport.needs_reset {
             self.transport.fail();
             self.broken = true;
         }

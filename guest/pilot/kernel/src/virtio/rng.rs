@@ -68,7 +68,10 @@ impl Rng {
                     break done;
                 }
                 let queue = &mut self.queue;
-                if queue.broken || !patience.wait(interrupts, || queue.arm()) {
+                if queue.broken
+                    || self.transport.needs_reset
+                    || !patience.wait(interrupts, || queue.arm())
+                {
                     self.transport.fail();
                     self.broken = true;
                     patience.end(interrupts);

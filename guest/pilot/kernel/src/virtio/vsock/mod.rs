@@ -147,7 +147,8 @@ impl Vsock {
             }
         }
         self.tx.kick(&self.transport);
-        if self.rx.broken || self.tx.broken || self.events.broken {
+        let broken = self.rx.broken || self.tx.broken || self.events.broken;
+        if broken || self.transport.needs_reset {
             self.transport.fail();
             self.broken = true;
         }
