@@ -8,7 +8,7 @@ use offshoot_devices::virtio::testing::{Driver, TestRam};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Guest RAM: rings, buffers and room for addresses that miss.
-const RAM: usize = 1 << 20;
+pub const RAM: usize = 1 << 20;
 /// Buffers of [`Op::Chain`] lie here, behind the rings.
 const SCRATCH: u64 = 0x8_0000;
 /// More steps than this teach nothing new and only make a run slow.

@@ -14,9 +14,9 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{DriverQueue, TestRam};
+use super::{DriverQueue, TestRam, event};
 use crate::virtio::{MmioTransport, TransportState, VirtioDevice};
 
 /// A device, its transport, its event loop and the driver's queues, all on the caller's thread.
@@ -42,7 +42,7 @@ impl Driver {
     /// A driver that has done nothing yet.
     #[must_use]
     pub fn new(ram: &TestRam, device: Arc<Mutex<dyn VirtioDevice>>) -> Self {
-        let line = Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+        let line = event();
         let transport = MmioTransport::new(
             Arc::clone(&device),
             Arc::clone(ram.memory()),
@@ -74,7 +74,7 @@ impl Driver {
         device: Arc<Mutex<dyn VirtioDevice>>,
         queues: Vec<DriverQueue>,
     ) -> Result<Self, crate::Error> {
-        let line = Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+        let line = event();
         let transport = MmioTransport::restore(
             state,
             Arc::clone(&device),
@@ -189,8 +189,16 @@ impl Driver {
     }
 
     /// Lets the device handle events until none is left.
+    ///
+    /// # Panics
+    /// When the device never comes to rest.
     pub fn run(&mut self) {
-        while self.manager.run_with_timeout(0).expect("the event loop") > 0 {}
+        for _ in 0..10_000 {
+            if self.manager.run_with_timeout(0).expect("the event loop") == 0 {
+                return;
+            }
+        }
+        panic!("the device spins");
     }
 
     /// Lets the device handle events until `done`, for devices with threads of their own.

@@ -14,8 +14,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::GuestRam;
+
+/// An eventfd, where an interrupt line or the like is wanted.
+///
+/// # Panics
+/// When there are no file descriptors left.
+#[must_use]
+pub fn event() -> Arc<EventFd> {
+    Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"))
+}
 
 /// Guest memory with an allocator that only goes up, as simple as a test's driver needs it.
 #[derive(Debug)]
