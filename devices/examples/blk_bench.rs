@@ -87,7 +87,53 @@ fn main() -> Result<()> {
             }
         }
     }
+    println!(
+        "median of 200, in us: {:>15} {:>9} {:>9} {:>9}",
+        "restore", "activate", "quiesce", "drop"
+    );
+    for (name, engine) in [
+        ("io_uring", EngineChoice::IoUring),
+        ("threads", EngineChoice::Threads),
+    ] {
+        let [restore, activate, quiesce, drop] = life(&volume, engine)?;
+        println!("{name:26} {restore:>10} {activate:>9} {quiesce:>9} {drop:>9}");
+    }
     Ok(())
+}
+
+/// What the steps of a drive's life cost that a fork pays for.
+fn life(volume: &Arc<dyn Volume>, engine: EngineChoice) -> Result<[u128; 4]> {
+    let mut times = [const { Vec::new() }; 4];
+    for _ in 0..200 {
+        let host = BlkHost {
+            engine,
+            ..BlkHost::new(Arc::clone(volume))
+        };
+        let state = Blk::new(BlkConfig::new("bench"), host.clone())?.save();
+        let ram = TestRam::new(1 << 20);
+        let start = Instant::now();
+        let blk = Arc::new(Mutex::new(Blk::restore(state, host)?));
+        let restored = Instant::now();
+        let driver = Driver::start(&ram, blk.clone(), u64::MAX);
+        let active = Instant::now();
+        blk.lock().map_err(|_| "poisoned")?.quiesce()?;
+        let quiet = Instant::now();
+        drop(driver);
+        drop(blk);
+        let gone = Instant::now();
+        for (times, (from, to)) in times.iter_mut().zip([
+            (start, restored),
+            (restored, active),
+            (active, quiet),
+            (quiet, gone),
+        ]) {
+            times.push((to - from).as_micros());
+        }
+    }
+    Ok(times.map(|mut times| {
+        times.sort_unstable();
+        times[times.len() / 2]
+    }))
 }
 
 fn report(load: Load, path: &str, depth: usize, iops: f64) {

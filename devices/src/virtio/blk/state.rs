@@ -31,7 +31,7 @@ pub struct BlkState {
 }
 
 impl Payload for BlkState {
-    const KIND: SectionKind = SectionKind(*b"VBLK");
+    const KIND: SectionKind = SectionKind(*b"vblk");
     const VERSION: u16 = 1;
 }
 
