@@ -6,6 +6,7 @@ mod buffers;
 mod device;
 pub mod interrupt;
 pub mod mmio;
+pub mod net;
 mod ring;
 pub mod rng;
 mod setup;

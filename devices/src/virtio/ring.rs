@@ -9,8 +9,10 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{DeviceError, Interrupt};
@@ -82,6 +84,53 @@ pub(crate) fn pop<'m>(
     memory: &'m GuestRam,
 ) -> Result<Option<DescriptorChain<&'m GuestRam>>, Error> {
     Ok(queue.iter(memory)?.next())
+}
+
+/// Asks to be notified when the available index moves past `index`. `enable_notification` asks for
+/// the index that is taken next, which lies behind when chains are left in the available ring on
+/// purpose: buffers that come after them would then go unheard.
+pub(crate) fn notify_after(queue: &mut Queue, memory: &GuestRam, index: u16) -> Result<(), Error> {
+    queue.enable_notification(memory)?;
+    if queue.event_idx_enabled() {
+        // virtio 1.2, 2.7.8: avail_event stands behind the used ring's elements.
+        let offset = u64::from(queue.size()).saturating_mul(8).saturating_add(4);
+        let address = GuestAddress(queue.used_ring())
+            .checked_add(offset)
+            .ok_or(Error::AddressOverflow)?;
+        memory
+            .store(index.to_le(), address, Ordering::SeqCst)
+            .map_err(Error::GuestMemory)?;
+        fence(Ordering::SeqCst);
+    }
+    Ok(())
+}
+
+/// Puts several chains into the used ring so that the driver sees all of them or none
+/// (virtio 1.2, 5.1.6.4.1: the buffers of one packet belong together). The queue counts them as one
+/// for its interrupt suppression: after more than one, interrupt in any case.
+pub(crate) fn add_used_together(
+    queue: &mut Queue,
+    memory: &GuestRam,
+    used: &[(u16, u32)],
+) -> Result<(), Error> {
+    let Some((&(last, last_len), before)) = used.split_last() else {
+        return Ok(());
+    };
+    let mut index = queue.next_used();
+    for &(head, len) in before {
+        // virtio 1.2, 2.7.8: le16 flags, le16 idx, then elements of le32 id and le32 len.
+        let slot = u64::from(index.checked_rem(queue.size()).ok_or(Error::InvalidSize)?);
+        let address = GuestAddress(queue.used_ring())
+            .checked_add(slot.saturating_mul(8).saturating_add(4))
+            .ok_or(Error::AddressOverflow)?;
+        let element = (u64::from(len) << 32) | u64::from(head);
+        memory
+            .write_slice(&element.to_le_bytes(), address)
+            .map_err(Error::GuestMemory)?;
+        index = index.wrapping_add(1);
+    }
+    queue.set_next_used(index);
+    queue.add_used(memory, last, last_len)
 }
 
 /// An eventfd for each queue.

@@ -53,6 +53,51 @@ pub enum SetupError {
         /// What is wrong with it.
         what: &'static str,
     },
+    /// There is no network interface of this name.
+    #[error("there is no tap interface {name:?}; create it first (ip tuntap add mode tap {name})")]
+    NoSuchTap {
+        /// The name.
+        name: String,
+    },
+    /// The interface has a user already.
+    #[error("the tap interface {name:?} is in use by another process")]
+    TapBusy {
+        /// The name.
+        name: String,
+    },
+    /// It is no tap interface, or one of another kind.
+    #[error("{name} is not a tap interface with a single queue")]
+    NotATap {
+        /// The name.
+        name: String,
+    },
+    /// The name cannot be one of an interface.
+    #[error("{name:?} cannot be the name of an interface: 1 to 15 bytes without '%'")]
+    TapName {
+        /// The name.
+        name: String,
+    },
+    /// The Ethernet address is not one of a station.
+    #[error("{bytes:02x?} cannot be a card's Ethernet address: it is a group address or zero")]
+    Mac {
+        /// The address.
+        bytes: [u8; 6],
+    },
+    /// The MTU cannot be announced.
+    #[error("an MTU of {mtu} is too small: 68 is the least")]
+    Mtu {
+        /// The MTU.
+        mtu: u16,
+    },
+    /// The guest uses an offload that the new peer does not have.
+    #[error(
+        "the saved guest uses {feature}, which its new network peer does not have; \
+         connect it to a tap interface"
+    )]
+    MissingOffload {
+        /// The virtio feature.
+        feature: &'static str,
+    },
     /// The host refused something.
     #[error("{context}")]
     Host {

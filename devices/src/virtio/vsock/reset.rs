@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Error as QueueError, Queue, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::GuestRam;
 use crate::virtio::buffers::Buffers;
@@ -80,12 +79,12 @@ impl Gate {
                 let goal = next_goal(goal, avail, queue.size());
                 // Ask for the notification of the buffer's return before the guest can see the
                 // event, or a quick guest returns it unheard.
-                ask_notification(queue, memory, goal.wrapping_sub(1))?;
+                ring::notify_after(queue, memory, goal.wrapping_sub(1))?;
                 if send(queue, memory)? {
                     let until = now.checked_add(limit).unwrap_or(now);
                     return Ok((Self::Sent { goal, until }, true));
                 }
-                ask_notification(queue, memory, avail)?;
+                ring::notify_after(queue, memory, avail)?;
                 Ok(match self {
                     Self::NoBuffer { until, .. } if now >= until => {
                         tracing::warn!("the guest takes no vsock events; it meets resets instead");
@@ -147,22 +146,4 @@ fn send(queue: &mut Queue, memory: &GuestRam) -> Result<bool, QueueError> {
         queue.add_used(memory, head, 0)?;
     }
     Ok(false)
-}
-
-/// Asks to be notified when the available index moves past `index`. The queue's own
-/// `enable_notification` asks for the index that it will take next, which lies behind: the
-/// buffers in between are already there.
-fn ask_notification(queue: &mut Queue, memory: &GuestRam, index: u16) -> Result<(), QueueError> {
-    queue.enable_notification(memory)?;
-    if queue.event_idx_enabled() {
-        // virtio 1.2, 2.7.8: avail_event stands behind the used ring's elements.
-        let offset = u64::from(queue.size()).saturating_mul(8).saturating_add(4);
-        let address = GuestAddress(queue.used_ring())
-            .checked_add(offset)
-            .ok_or(QueueError::AddressOverflow)?;
-        memory
-            .store(index.to_le(), address, Ordering::SeqCst)
-            .map_err(QueueError::GuestMemory)?;
-    }
-    Ok(())
 }
