@@ -5,12 +5,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use offshoot_devices::virtio::blk::BlkHost;
+use offshoot_devices::virtio::vsock::{GuestCid, VsockBinding};
+use offshoot_devices::vmgenid::GenerationId;
 use offshoot_storage::{LayerName, StorageBackend, Volume};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::legacy::SerialOutput;
 use crate::models::Demand;
 
 /// The volume behind a drive, and how it is frozen for a snapshot.
@@ -63,25 +68,23 @@ impl DriveBinding {
     }
 }
 
-/// The id that tells a guest that it is a copy (VM generation id): 128 random bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GenerationId(pub [u8; 16]);
+/// How the host reaches the guest's vsock.
+#[derive(Debug, Clone)]
+pub struct VsockHost {
+    /// The Unix socket on the host and its limits.
+    pub binding: VsockBinding,
+    /// Another CID than the guest has had.
+    pub cid: Option<GuestCid>,
+}
 
-impl GenerationId {
-    /// A fresh one.
-    ///
-    /// # Errors
-    /// When the host has no entropy to give.
-    pub fn fresh() -> Result<Self> {
-        let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).map_err(|e| {
-            Error::because(
-                ErrorKind::System,
-                "the host has no random bytes for a generation id",
-                e,
-            )
-        })?;
-        Ok(Self(bytes))
+impl VsockHost {
+    /// A Unix socket at `path`, and the CID that the guest has.
+    #[must_use]
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self {
+            binding: VsockBinding::new(path),
+            cid: None,
+        }
     }
 }
 
@@ -90,6 +93,10 @@ impl GenerationId {
 pub struct Bindings {
     /// Volumes, by the id of the drive.
     pub drives: BTreeMap<String, DriveBinding>,
+    /// The host's side of each vsock, by the id of the device.
+    pub vsocks: BTreeMap<String, VsockHost>,
+    /// Where the serial port's output goes; nowhere when there is none here.
+    pub serial: Option<SerialOutput>,
     /// The generation id that the guest finds; a fresh one when there is none here.
     pub generation: Option<GenerationId>,
 }
@@ -102,6 +109,20 @@ impl Bindings {
         self
     }
 
+    /// Brings the host's side of the vsock `id`.
+    #[must_use]
+    pub fn with_vsock(mut self, id: impl Into<String>, vsock: VsockHost) -> Self {
+        self.vsocks.insert(id.into(), vsock);
+        self
+    }
+
+    /// Sends the serial port's output to `out`.
+    #[must_use]
+    pub fn with_serial(mut self, out: impl Write + Send + 'static) -> Self {
+        self.serial = Some(SerialOutput(Box::new(out)));
+        self
+    }
+
     /// Compares with what the devices demand.
     pub(crate) fn check<'a>(&self, demands: impl Iterator<Item = (&'a str, Demand)>) -> Result<()> {
         let mut misfits = Vec::new();
@@ -109,6 +130,12 @@ impl Bindings {
         for (id, demand) in demands {
             match demand {
                 Demand::Nothing => {}
+                Demand::Vsock => {
+                    wanted.push(id);
+                    if !self.vsocks.contains_key(id) {
+                        misfits.push(Misfit::NoVsock(id.into()));
+                    }
+                }
                 Demand::Drive { size, read_only } => {
                     wanted.push(id);
                     match self.drives.get(id) {
@@ -130,11 +157,11 @@ impl Bindings {
                 }
             }
         }
-        let unknown = self
-            .drives
-            .keys()
-            .filter(|id| !wanted.contains(&id.as_str()));
-        misfits.extend(unknown.map(|id| Misfit::UnknownDrive(id.clone())));
+        let unknown = |id: &&String| !wanted.contains(&id.as_str());
+        let drives = self.drives.keys().filter(unknown).cloned();
+        misfits.extend(drives.map(Misfit::UnknownDrive));
+        let vsocks = self.vsocks.keys().filter(unknown).cloned();
+        misfits.extend(vsocks.map(Misfit::UnknownVsock));
         if misfits.is_empty() {
             Ok(())
         } else {
@@ -151,6 +178,10 @@ pub enum Misfit {
     NoDrive(String),
     /// There is no such drive.
     UnknownDrive(String),
+    /// A vsock has no socket on the host.
+    NoVsock(String),
+    /// There is no such vsock.
+    UnknownVsock(String),
     /// The volume does not have the size that the guest knows.
     DriveSize {
         /// The drive.
@@ -169,6 +200,8 @@ impl fmt::Display for Misfit {
         match self {
             Self::NoDrive(id) => write!(f, "drive {id} has no volume"),
             Self::UnknownDrive(id) => write!(f, "there is no drive {id}"),
+            Self::NoVsock(id) => write!(f, "vsock {id} has no socket on the host"),
+            Self::UnknownVsock(id) => write!(f, "there is no vsock {id}"),
             Self::DriveSize { id, wanted, found } => write!(
                 f,
                 "drive {id} has {wanted} bytes for the guest and its volume has {found}"

@@ -17,11 +17,11 @@ use std::sync::Arc;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
-use vm_memory::Bytes;
+use offshoot_devices::vmgenid::{GenerationId, VmGenId};
 
 use crate::acpi;
 use crate::arch::{cpuid, msr, regs};
-use crate::bindings::{Bindings, GenerationId};
+use crate::bindings::Bindings;
 use crate::boot::{self, layout};
 use crate::bus::Bus;
 use crate::config::{MachineConfig, platform_info, windows};
@@ -29,8 +29,8 @@ use crate::device_loop::{DeviceLoop, eventfd};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::exits::{Exits, FirstExit};
 use crate::kvm::{Host, IrqLine, Vm};
-use crate::legacy;
-use crate::machine::{Core, Machine};
+use crate::legacy::{Legacy, SerialOutput};
+use crate::machine::{Core, Generation, Machine};
 use crate::memory::Memory;
 use crate::models::Model;
 use crate::slots::Slot;
@@ -43,7 +43,7 @@ impl Machine {
     /// # Errors
     /// When the configuration is impossible, its kernel cannot be booted, the bindings do not
     /// fit, or KVM or the host refuses. Nothing is left behind.
-    pub fn boot(host: &Arc<Host>, config: &MachineConfig, bindings: Bindings) -> Result<Self> {
+    pub fn boot(host: &Arc<Host>, config: &MachineConfig, mut bindings: Bindings) -> Result<Self> {
         config.check(host)?;
         let demands = config.devices.iter();
         bindings.check(demands.map(|d| (d.id.as_str(), d.model.demand())))?;
@@ -52,7 +52,9 @@ impl Machine {
         let info = platform_info(config.vcpus, config.devices.len(), config.serial);
         let entry = boot::load(memory.ram(), &config.boot, &info)
             .map_err(|e| Error::because(ErrorKind::Boot, "cannot boot the kernel", e))?;
-        write_generation(&memory, &bindings)?;
+        let generation = VmGenId::new(memory.ram(), layout::VMGENID_PAGE)
+            .map_err(|e| Error::because(ErrorKind::Config, "the guest's RAM is too small", e))?;
+        write_generation(&memory, &generation, &bindings)?;
 
         let vm = Vm::new(host, memory)?;
         let entries = config.cpu.apply(host.supported_cpuid().as_slice());
@@ -84,6 +86,10 @@ impl Machine {
             let model = Model::new(&device.id, &device.model, &bindings, vm.memory())?;
             slots.push(Slot::new(&device.id, place, model, vm.memory())?);
         }
+        let exits = Exits::new()?;
+        let out = bindings.serial.take().unwrap_or_else(SerialOutput::sink);
+        let legacy = Legacy::new(config.serial.then_some(out), &exits)?;
+        legacy.quiesce();
         // A machine begins paused: every stage after this is the same as after a build.
         slots.iter().try_for_each(Slot::quiesce)?;
         let platform = PlatformState {
@@ -101,6 +107,9 @@ impl Machine {
             cpuids,
             msr_indices,
             slots,
+            legacy,
+            generation,
+            exits,
             bindings,
             is_copy: false,
         })
@@ -127,7 +136,7 @@ impl Machine {
         host: &Arc<Host>,
         state: &MachineState,
         memory: Memory,
-        bindings: Bindings,
+        mut bindings: Bindings,
     ) -> Result<Self> {
         if state.ram()? != memory.size() {
             return Err(Error::new(
@@ -138,7 +147,9 @@ impl Machine {
         let devices = || state.platform.devices.iter().zip(&state.devices);
         bindings.check(devices().map(|(id, d)| (id.as_str(), d.model.demand())))?;
         let memory = Arc::new(memory);
-        write_generation(&memory, &bindings)?;
+        let generation = VmGenId::restore(&state.generation, memory.ram())
+            .map_err(|e| Error::because(ErrorKind::BadState, "the saved machine cannot be", e))?;
+        write_generation(&memory, &generation, &bindings)?;
         let vm = Vm::new(host, memory)?;
         let mut vcpus = Vec::new();
         let mut cpuids = Vec::new();
@@ -154,6 +165,9 @@ impl Machine {
             let model = Model::restore(id, &device.model, &bindings, vm.memory())?;
             slots.push(Slot::restore(id, place, model, device, vm.memory())?);
         }
+        let exits = Exits::new()?;
+        let out = bindings.serial.take().unwrap_or_else(SerialOutput::sink);
+        let legacy = Legacy::restore(&state.legacy, out, &exits)?;
         assemble(Parts {
             host: Arc::clone(host),
             platform: state.platform.clone(),
@@ -165,20 +179,23 @@ impl Machine {
                 .first()
                 .map_or_else(Vec::new, |v| v.msr_indices()),
             slots,
+            legacy,
+            generation,
+            exits,
             bindings,
             is_copy: true,
         })
     }
 }
 
-fn write_generation(memory: &Memory, bindings: &Bindings) -> Result<()> {
+fn write_generation(memory: &Memory, id: &VmGenId, bindings: &Bindings) -> Result<()> {
     let generation = match bindings.generation {
         Some(generation) => generation,
-        None => GenerationId::fresh()?,
+        None => GenerationId::random().map_err(|e| {
+            Error::because(ErrorKind::System, "the host has no random bytes to give", e)
+        })?,
     };
-    memory
-        .ram()
-        .write_slice(&generation.0, layout::VMGENID_PAGE)
+    id.write(memory.ram(), &generation)
         .map_err(|e| Error::because(ErrorKind::Config, "the guest's RAM is too small", e))
 }
 
@@ -190,23 +207,26 @@ struct Parts {
     cpuids: Vec<CpuId>,
     msr_indices: Vec<u32>,
     slots: Vec<Slot>,
+    legacy: Legacy,
+    generation: VmGenId,
+    exits: Arc<Exits>,
     bindings: Bindings,
     is_copy: bool,
 }
 
 /// Connects what was made and starts the threads, parked.
 fn assemble(parts: Parts) -> Result<Machine> {
-    let exits = Exits::new()?;
+    let exits = parts.exits;
     let first_exit = Arc::new(FirstExit::new());
     let mut mmio = Bus::default();
     let mut pio = Bus::default();
-    legacy::connect(&mut pio, &exits)?;
+    parts.legacy.connect(&parts.vm, &mut pio, &exits)?;
     for slot in &parts.slots {
         slot.connect(&parts.vm, &mut mmio)?;
     }
-    let generation = eventfd("cannot make the generation id's interrupt")?;
+    let changed = eventfd("cannot make the generation id's interrupt")?;
     parts.vm.connect_irq(&IrqLine {
-        event: &generation,
+        event: &changed,
         gsi: acpi::VMGENID_GSI,
     })?;
     let power_button = eventfd("cannot make the power button's interrupt")?;
@@ -227,7 +247,7 @@ fn assemble(parts: Parts) -> Result<Machine> {
         vcpus.push(Vcpu::new(id, vcpu, Arc::clone(&board))?);
     }
     if parts.is_copy {
-        generation
+        changed
             .write(1)
             .context("cannot raise the generation id's interrupt")?;
     }
@@ -241,7 +261,11 @@ fn assemble(parts: Parts) -> Result<Machine> {
             device_loop,
             slots: parts.slots,
             bindings: parts.bindings,
-            _generation: generation,
+            legacy: parts.legacy,
+            generation: Generation {
+                id: parts.generation,
+                _changed: changed,
+            },
             power_button,
             vm: Arc::new(parts.vm),
             exits,

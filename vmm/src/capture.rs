@@ -21,6 +21,8 @@ impl Paused<'_> {
             vcpus: vcpus.collect::<Result<_>>()?,
             chips: VmState::save(core.vm.fd())?,
             devices: core.slots.iter().map(Slot::save).collect::<Result<_>>()?,
+            legacy: core.legacy.save(),
+            generation: core.generation.id.save(),
         })
     }
 }

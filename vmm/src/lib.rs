@@ -27,14 +27,16 @@ mod tests;
 mod threads;
 mod vcpu;
 
-pub use bindings::{Bindings, DriveBinding, DriveSource, GenerationId, Misfit, Misfits};
+pub use bindings::{Bindings, DriveBinding, DriveSource, Misfit, Misfits, VsockHost};
 pub use config::{DeviceConfig, MAX_DEVICES, MachineConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use exits::{ExitReason, Exits, KvmError, Registers};
 pub use kvm::Host;
+pub use legacy::{LegacyState, SerialOutput};
 pub use machine::{Cleanup, Machine, Paused, Running};
 pub use memory::{Memory, RamSize};
 pub use models::{DriveConfig, ModelConfig, ModelState};
+pub use offshoot_devices::vmgenid::GenerationId;
 pub use snapshot::{SaveOptions, Saved};
 pub use state::{DeviceState, MachineState, PlatformState};
 pub use template::{Origin, Template};

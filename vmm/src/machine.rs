@@ -29,6 +29,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::CpuId;
+use offshoot_devices::vmgenid::VmGenId;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bindings::{Bindings, DriveBinding};
@@ -36,6 +37,7 @@ use crate::device_loop::DeviceLoop;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::exits::{ExitReason, Exits, FirstExit};
 use crate::kvm::{Host, Vm};
+use crate::legacy::Legacy;
 use crate::memory::Memory;
 use crate::slots::Slot;
 use crate::state::PlatformState;
@@ -53,8 +55,8 @@ pub(crate) struct Core {
     pub(crate) device_loop: DeviceLoop,
     pub(crate) slots: Vec<Slot>,
     pub(crate) bindings: Bindings,
-    /// Raises the generation id's interrupt; kept so that the line stays connected.
-    pub(crate) _generation: EventFd,
+    pub(crate) legacy: Legacy,
+    pub(crate) generation: Generation,
     pub(crate) power_button: EventFd,
     pub(crate) vm: Arc<Vm>,
     pub(crate) exits: Arc<Exits>,
@@ -63,6 +65,14 @@ pub(crate) struct Core {
     pub(crate) broken: bool,
     /// Dropped last: tells the reaper that the rest is gone. See [`Core::end`].
     pub(crate) last: Option<Sender<()>>,
+}
+
+/// The generation id and the line that tells of its change.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    pub(crate) id: VmGenId,
+    /// Kept so that the line stays connected.
+    pub(crate) _changed: EventFd,
 }
 
 impl Core {
@@ -74,7 +84,10 @@ impl Core {
             .iter()
             .try_for_each(Vcpu::wait_parked)
             .and_then(|()| self.device_loop.park());
-        let quiesced = parked.and_then(|()| self.slots.iter().try_for_each(Slot::quiesce));
+        let quiesced = parked.and_then(|()| {
+            self.legacy.quiesce();
+            self.slots.iter().try_for_each(Slot::quiesce)
+        });
         if quiesced.is_err() && self.exits.reason() != Some(ExitReason::ThreadLost) {
             // What did stop goes on: a machine that cannot be paused runs.
             self.resume()?;
@@ -90,7 +103,8 @@ impl Core {
                 "a device of the machine could not go on; the machine cannot run any more",
             ));
         }
-        if let Err(error) = self.slots.iter().try_for_each(Slot::resume) {
+        let slots = self.slots.iter().try_for_each(Slot::resume);
+        if let Err(error) = slots.and_then(|()| self.legacy.resume()) {
             self.broken = true;
             return Err(error);
         }
@@ -247,6 +261,13 @@ impl Running {
     #[must_use]
     pub fn first_exit(&self) -> Option<Instant> {
         self.core.first_exit.at()
+    }
+
+    /// Sends bytes to the guest's serial port. Returns how many it has taken; it takes more when
+    /// the guest has read some.
+    #[must_use]
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        self.core.legacy.input(bytes)
     }
 
     /// Presses the power button: asks the guest to switch itself off.

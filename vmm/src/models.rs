@@ -2,10 +2,11 @@
 
 use std::sync::{Arc, Mutex};
 
-use offshoot_devices::virtio::VirtioDevice;
 use offshoot_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonState};
 use offshoot_devices::virtio::blk::{Blk, BlkConfig, BlkState};
 use offshoot_devices::virtio::rng::{BytesPerSecond, DEFAULT_RATE, Rng, RngState};
+use offshoot_devices::virtio::vsock::{GuestCid, Vsock, VsockState};
+use offshoot_devices::virtio::{SetupError, VirtioDevice};
 use offshoot_snapshot_format::{self as format, Payload, Section, Sections};
 
 use crate::bindings::Bindings;
@@ -24,6 +25,8 @@ pub enum ModelConfig {
     Entropy(BytesPerSecond),
     /// A balloon: memory that the guest gives back.
     Balloon(BalloonConfig),
+    /// A vsock: streams between guest and host. The host's socket comes with the bindings.
+    Vsock(GuestCid),
 }
 
 impl ModelConfig {
@@ -50,12 +53,16 @@ pub enum ModelState {
     Entropy(RngState),
     /// A balloon.
     Balloon(BalloonState),
+    /// A vsock.
+    Vsock(VsockState),
 }
 
 /// What a device needs from the bindings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Demand {
     Nothing,
+    /// A socket on the host.
+    Vsock,
     /// A volume: of this size in bytes when the guest knows one already.
     Drive {
         size: Option<u64>,
@@ -69,6 +76,7 @@ pub(crate) enum Model {
     Drive(Arc<Mutex<Blk>>),
     Entropy(Arc<Mutex<Rng>>),
     Balloon(Arc<Mutex<Balloon>>),
+    Vsock(Arc<Mutex<Vsock>>),
 }
 
 impl ModelConfig {
@@ -79,6 +87,7 @@ impl ModelConfig {
                 read_only: drive.read_only,
             },
             Self::Entropy(_) | Self::Balloon(_) => Demand::Nothing,
+            Self::Vsock(_) => Demand::Vsock,
         }
     }
 }
@@ -87,9 +96,10 @@ const SECTOR: u64 = 512;
 const BLK: &str = "virtio-blk";
 const RNG: &str = "virtio-rng";
 const BALLOON: &str = "virtio-balloon";
+const VSOCK: &str = "virtio-vsock";
 
 /// Every model that there is, as a snapshot's requirements list them.
-pub(crate) const MODEL_NAMES: &[&str] = &[BLK, RNG, BALLOON];
+pub(crate) const MODEL_NAMES: &[&str] = &[BLK, RNG, BALLOON, VSOCK];
 
 impl ModelState {
     pub(crate) fn demand(&self) -> Demand {
@@ -99,6 +109,7 @@ impl ModelState {
                 read_only: state.read_only,
             },
             Self::Entropy(_) | Self::Balloon(_) => Demand::Nothing,
+            Self::Vsock(_) => Demand::Vsock,
         }
     }
 
@@ -109,6 +120,7 @@ impl ModelState {
             Self::Drive(_) => BLK,
             Self::Entropy(_) => RNG,
             Self::Balloon(_) => BALLOON,
+            Self::Vsock(_) => VSOCK,
         }
     }
 
@@ -118,6 +130,7 @@ impl ModelState {
             Self::Drive(state) => Section::required(instance, state),
             Self::Entropy(state) => Section::required(instance, state),
             Self::Balloon(state) => Section::required(instance, state),
+            Self::Vsock(state) => Section::required(instance, state),
         }
     }
 
@@ -134,6 +147,7 @@ impl ModelState {
         one(sections, instance, Self::Drive)
             .or_else(|| one(sections, instance, Self::Entropy))
             .or_else(|| one(sections, instance, Self::Balloon))
+            .or_else(|| one(sections, instance, Self::Vsock))
             .ok_or_else(|| {
                 let what = format!("device {instance} of the snapshot is of no known model");
                 Error::new(ErrorKind::BadState, what)
@@ -146,8 +160,24 @@ fn shared<T>(device: T) -> Arc<Mutex<T>> {
     Arc::new(Mutex::new(device))
 }
 
-fn device_error(id: &str, error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::because(ErrorKind::Device, format!("cannot make device {id}"), error)
+fn device_error(id: &str, error: offshoot_devices::Error) -> Error {
+    use offshoot_devices::ErrorKind as Kind;
+    let kind = match error.kind() {
+        Kind::InvalidState => ErrorKind::BadState,
+        Kind::InvalidConfig => ErrorKind::Config,
+        _ => ErrorKind::Device,
+    };
+    Error::because(kind, format!("cannot make device {id}"), error)
+}
+
+fn set_up(id: &str, error: SetupError) -> Error {
+    let kind = match error {
+        SetupError::State { .. } => ErrorKind::BadState,
+        SetupError::Host { .. } => ErrorKind::Device,
+        // The others are about what was brought: paths, interfaces, ids.
+        _ => ErrorKind::Bindings,
+    };
+    Error::because(kind, format!("cannot make device {id}"), error)
 }
 
 fn unbound(id: &str) -> Error {
@@ -184,6 +214,12 @@ impl Model {
             ModelConfig::Entropy(rate) => Rng::new(*rate)
                 .map(|rng| Self::Entropy(shared(rng)))
                 .map_err(|e| device_error(id, e)),
+            ModelConfig::Vsock(cid) => {
+                let host = bindings.vsocks.get(id).ok_or_else(|| unbound(id))?;
+                Vsock::new(host.cid.unwrap_or(*cid), host.binding.clone())
+                    .map(|vsock| Self::Vsock(shared(vsock)))
+                    .map_err(|e| set_up(id, e))
+            }
             ModelConfig::Balloon(config) => Balloon::new(*config, RamReclaim::boxed(memory))
                 .map(|balloon| Self::Balloon(shared(balloon)))
                 .map_err(|e| device_error(id, e)),
@@ -207,6 +243,12 @@ impl Model {
             ModelState::Entropy(state) => Rng::restore(state)
                 .map(|rng| Self::Entropy(shared(rng)))
                 .map_err(|e| device_error(id, e)),
+            ModelState::Vsock(state) => {
+                let host = bindings.vsocks.get(id).ok_or_else(|| unbound(id))?;
+                Vsock::restore(state, host.cid, host.binding.clone())
+                    .map(|vsock| Self::Vsock(shared(vsock)))
+                    .map_err(|e| set_up(id, e))
+            }
             ModelState::Balloon(state) => Balloon::restore(state, RamReclaim::boxed(memory))
                 .map(|balloon| Self::Balloon(shared(balloon)))
                 .map_err(|e| device_error(id, e)),
@@ -219,6 +261,7 @@ impl Model {
             Self::Drive(blk) => ModelState::Drive(lock(blk).save()),
             Self::Entropy(rng) => ModelState::Entropy(lock(rng).save()),
             Self::Balloon(balloon) => ModelState::Balloon(lock(balloon).save()),
+            Self::Vsock(vsock) => ModelState::Vsock(lock(vsock).save()),
         }
     }
 
@@ -227,6 +270,7 @@ impl Model {
             Self::Drive(blk) => Arc::clone(blk) as _,
             Self::Entropy(rng) => Arc::clone(rng) as _,
             Self::Balloon(balloon) => Arc::clone(balloon) as _,
+            Self::Vsock(vsock) => Arc::clone(vsock) as _,
         }
     }
 
@@ -235,6 +279,7 @@ impl Model {
             Self::Drive(blk) => Arc::clone(blk) as _,
             Self::Entropy(rng) => Arc::clone(rng) as _,
             Self::Balloon(balloon) => Arc::clone(balloon) as _,
+            Self::Vsock(vsock) => Arc::clone(vsock) as _,
         }
     }
 }

@@ -240,6 +240,11 @@ pub(crate) fn sections(state: &MachineState) -> Result<Vec<Section>> {
     let mut sections = Vec::new();
     sections.push(Section::required(0, &state.platform).map_err(failed)?);
     sections.push(Section::required(0, &state.chips).map_err(failed)?);
+    if let Some(serial) = &state.legacy.serial {
+        sections.push(Section::required(0, serial).map_err(failed)?);
+    }
+    sections.push(Section::required(0, &state.legacy.i8042).map_err(failed)?);
+    sections.push(Section::required(0, &state.generation).map_err(failed)?);
     for (instance, vcpu) in (0..).zip(&state.vcpus) {
         sections.push(Section::required(instance, vcpu).map_err(failed)?);
     }

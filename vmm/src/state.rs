@@ -1,5 +1,7 @@
 //! A machine's whole state but its memory: plain data, owned, with nothing of the host in it.
 
+use offshoot_devices::virtio::mmio::TransportState;
+use offshoot_devices::vmgenid::VmGenIdState;
 use offshoot_snapshot_format::{Payload, SectionKind};
 use serde::{Deserialize, Serialize};
 
@@ -7,9 +9,9 @@ use crate::arch::{VcpuState, VmState};
 use crate::config::{self, MAX_DEVICES};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kvm::Host;
+use crate::legacy::LegacyState;
 use crate::memory::RamSize;
 use crate::models::ModelState;
-use offshoot_devices::virtio::mmio::TransportState;
 
 /// What the machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +54,10 @@ pub struct MachineState {
     pub chips: VmState,
     /// Its virtio devices, in the order of `platform.devices`.
     pub devices: Vec<DeviceState>,
+    /// Its devices at I/O ports.
+    pub legacy: LegacyState,
+    /// Where its generation id is.
+    pub generation: VmGenIdState,
 }
 
 impl MachineState {
@@ -88,6 +94,12 @@ impl MachineState {
             return Err(Error::new(
                 ErrorKind::BadState,
                 "the saved machine does not have the devices that it says it has",
+            ));
+        }
+        if self.legacy.serial.is_some() != platform.serial {
+            return Err(Error::new(
+                ErrorKind::BadState,
+                "the saved machine does not have the serial port that it says it has",
             ));
         }
         let mut misfits = Vec::new();

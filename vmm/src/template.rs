@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::bindings::Bindings;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::Host;
+use crate::legacy::LegacyState;
 use crate::machine::{Machine, Paused};
 use crate::memory::{Memory, RamSize};
 use crate::models::ModelState;
@@ -183,6 +184,14 @@ fn layout_like(
 fn decode(mut sections: Sections<'_>) -> Result<MachineState> {
     let platform: PlatformState = sections.take(0).map_err(unreadable)?;
     let chips = sections.take(0).map_err(unreadable)?;
+    let serial = platform
+        .serial
+        .then(|| sections.take(0).map_err(unreadable));
+    let legacy = LegacyState {
+        serial: serial.transpose()?,
+        i8042: sections.take(0).map_err(unreadable)?,
+    };
+    let generation = sections.take(0).map_err(unreadable)?;
     let vcpus = (0..u32::from(platform.vcpus))
         .map(|instance| sections.take(instance).map_err(unreadable))
         .collect::<Result<_>>()?;
@@ -200,6 +209,8 @@ fn decode(mut sections: Sections<'_>) -> Result<MachineState> {
         vcpus,
         chips,
         devices,
+        legacy,
+        generation,
     })
 }
 

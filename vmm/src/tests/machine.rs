@@ -123,7 +123,7 @@ fn copies_continue_exactly_and_apart() {
 #[test]
 fn the_generation_id_can_be_chosen() {
     let Some(host) = host() else { return };
-    let id = GenerationId([7; 16]);
+    let id = GenerationId::from_bytes([7; 16]);
     let bindings = Bindings {
         generation: Some(id),
         ..Bindings::default()
@@ -136,7 +136,7 @@ fn the_generation_id_can_be_chosen() {
         .ram()
         .read_obj(layout::VMGENID_PAGE)
         .unwrap();
-    assert_eq!(found, id.0);
+    assert_eq!(&found, id.as_bytes());
 }
 
 #[test]
