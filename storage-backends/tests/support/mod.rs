@@ -1,7 +1,11 @@
 //! File systems of the tests' own, on loop devices.
 
 #![allow(dead_code, reason = "each test program uses some of it")]
-#![allow(clippy::print_stderr, reason = "a skipped test says so")]
+#![allow(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a skipped test says so, and processes that tests start speak to them"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -167,4 +171,9 @@ pub(crate) fn entries(dir: &Path) -> Vec<String> {
 /// Says that a test, or a part of it, was not done.
 pub(crate) fn skipped(why: &str) {
     eprintln!("skipped: {why}");
+}
+
+/// Says something to the process that started this one.
+pub(crate) fn say(what: &str) {
+    println!("{what}");
 }
