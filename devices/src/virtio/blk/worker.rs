@@ -76,6 +76,8 @@ pub(super) struct Worker {
     free: Vec<usize>,
     bytes_in_flight: u64,
     done: Vec<Done>,
+    /// The queue that was looked at first in the last round.
+    first: usize,
 }
 
 impl Worker {
@@ -121,6 +123,7 @@ impl Worker {
             free: (0..parts.slots).rev().collect(),
             bytes_in_flight: 0,
             done: Vec::new(),
+            first: 0,
         })
     }
 
@@ -223,7 +226,10 @@ impl Worker {
         self.complete();
         let mut more = false;
         if matches!(self.mode, Mode::Running) && !self.needs_reset.load(Ordering::Acquire) {
-            for index in 0..self.queues.len() {
+            // Another one is first each time, for there may be places for some of them only.
+            let count = self.queues.len();
+            self.first = self.first.wrapping_add(1).checked_rem(count).unwrap_or(0);
+            for index in (0..count).cycle().skip(self.first).take(count) {
                 match self.take_requests(index) {
                     Ok(left) => more |= left,
                     Err(error) => self.fail(&error),
