@@ -28,6 +28,8 @@ pub mod frame;
 pub mod pattern;
 mod reply;
 mod request;
+#[cfg(test)]
+mod tests;
 mod value;
 mod wire;
 
