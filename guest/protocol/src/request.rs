@@ -202,5 +202,17 @@ messages! {
         /// Resets the machine by the i8042 (0xfe to port 0x64), or by a triple fault a second later
         /// when that does nothing. No answer.
         Reboot = 16 "reboot" {}
+        /// Has the balloon hold as much as the host asks for now: gives the last owned pages, or
+        /// takes them back. What was given is not owned. Answer: `Outcome`, `bytes` being what
+        /// the balloon holds.
+        Balloon = 17 "balloon" {}
+        /// Reports owned memory to the host as free: it may hold anything afterwards.
+        /// Answer: `Outcome`.
+        Report = 18 "report" {
+            /// First byte, a multiple of 4096.
+            offset: u64 = 0,
+            /// Bytes, a multiple of 4096; all the rest by `u64::MAX`.
+            len: u64 = u64::MAX,
+        }
     }
 }

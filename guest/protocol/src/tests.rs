@@ -67,6 +67,11 @@ fn requests() -> Vec<Request> {
         Request::Random { len: 64 },
         Request::Spin { turns: 1_000_000 },
         Request::Reboot {},
+        Request::Balloon {},
+        Request::Report {
+            offset: 4096,
+            len: 8192,
+        },
     ];
     all.extend(BlkOp::ALL.iter().map(|op| Request::Blk {
         device: 2,
@@ -186,8 +191,11 @@ fn every_reply_survives_both_forms_and_fits_its_frame() {
 #[test]
 fn kinds_are_frozen() {
     // Version 1. A change here breaks every pilot that is already in a snapshot.
-    let request_kinds: Vec<u16> = requests()[..13].iter().map(Request::kind).collect();
-    assert_eq!(request_kinds, [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 14, 16]);
+    let request_kinds: Vec<u16> = requests()[..15].iter().map(Request::kind).collect();
+    assert_eq!(
+        request_kinds,
+        [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 14, 16, 17, 18]
+    );
     let mut bytes = [0; MAX_FRAME];
     let request = Request::Fill {
         offset: 0x10,

@@ -338,8 +338,8 @@ other_long:
     jmp 9b
 
 // --- stacks ----------------------------------------------------------------------
-// In .hot: the pages that every turn of the main loop writes lie together.
-.section .hot, "aw", @nobits
+// In .bss.hot: the pages that every turn of the main loop writes lie together.
+.section .bss.hot, "aw", @nobits
 .balign 4096
     .zero 1024
 ring0_stack_top:

@@ -130,6 +130,21 @@ impl Pilot {
                     .exchange(port, (len, seed), halt, &mut self.interrupts)
                     .map(outcome)
             }
+            Request::Balloon {} => {
+                let balloon = self.devices.balloon.as_mut();
+                let balloon = balloon.ok_or(Refusal::new(ErrorCode::NoDevice, 0))?;
+                balloon
+                    .follow(&mut self.owned, halt, &mut self.interrupts)
+                    .map(outcome)
+            }
+            Request::Report { offset, len } => {
+                let balloon = self.devices.balloon.as_mut();
+                let balloon = balloon.ok_or(Refusal::new(ErrorCode::NoDevice, 0))?;
+                let area = (offset, len);
+                balloon
+                    .report(&self.owned, area, halt, &mut self.interrupts)
+                    .map(outcome)
+            }
             Request::SetMode { mode } => {
                 self.mode = mode;
                 smp::set_mode(mode);

@@ -16,8 +16,10 @@ pub(crate) const GATE_STOP: u32 = 0x0ff5_0004;
 pub(crate) const GATE_NAP: u32 = 0x0ff5_0005;
 
 /// Set by the interrupt entry points, one byte a vector; taken by the main loop.
+#[unsafe(link_section = ".bss.hot")]
 pub(crate) static PENDING: [AtomicU8; 256] = [const { AtomicU8::new(0) }; 256];
 /// Set with each of `PENDING`; cleared by the idle gate when it returns.
+#[unsafe(link_section = ".bss.hot")]
 pub(crate) static WOKEN: AtomicU8 = AtomicU8::new(0);
 
 /// Whether `vector` came since it was last asked.
@@ -105,7 +107,8 @@ pub(crate) fn measure_tsc_khz() -> Option<u64> {
 }
 
 /// Time that passed, told by the time-stamp counter without trusting it: a step backwards counts
-/// as none and a leap forwards (a restore) as one millisecond at 4 GHz.
+/// as none, and a leap forwards (a restore) as some tens of milliseconds, which is what a busy host
+/// may keep a processor waiting.
 pub(crate) struct Clock {
     last: u64,
 }
@@ -117,7 +120,7 @@ impl Clock {
 
     /// Ticks since the last call.
     pub(crate) fn step(&mut self) -> u64 {
-        const LEAP: u64 = 4_000_000;
+        const LEAP: u64 = 100_000_000;
         let now = tsc();
         let step = now.saturating_sub(self.last).min(LEAP);
         self.last = now;

@@ -6,6 +6,7 @@ use crate::acpi::Acpi;
 use crate::info::{BootInfo, device_word};
 use crate::interrupts::Interrupts;
 use crate::memory::Allocator;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::mmio::{self, Found, Transport};
 use crate::virtio::net::Net;
@@ -23,6 +24,7 @@ const WINDOWS: (u64, u64, u32, u32) = (0xd000_0000, 0x1000, 5, 19);
 pub(crate) struct Devices {
     pub(crate) blk: [Option<Blk>; MAX_BLK],
     pub(crate) net: [Option<Net>; MAX_NET],
+    pub(crate) balloon: Option<Balloon>,
     pub(crate) rng: Option<Rng>,
     pub(crate) vsock: Option<Vsock>,
     list: List<Device, MAX_DEVICES>,
@@ -37,29 +39,35 @@ impl Devices {
         allocator: &mut Allocator,
         interrupts: &mut Interrupts,
     ) {
+        let ram = info.ram_bytes();
         let mut told = false;
         for (window, gsi) in info.values("virtio_mmio.device").filter_map(device_word) {
             told = true;
-            self.add(window, gsi, allocator, interrupts);
+            self.add((window, gsi), ram, allocator, interrupts);
         }
         if !told {
             for (window, gsi) in &acpi.devices[..acpi.device_count] {
                 told = true;
-                self.add(*window, *gsi, allocator, interrupts);
+                self.add((*window, *gsi), ram, allocator, interrupts);
             }
         }
         if !told {
             let (first, step, gsi, count) = WINDOWS;
             for i in 0..count {
-                self.add(first + step * u64::from(i), gsi + i, allocator, interrupts);
+                self.add(
+                    (first + step * u64::from(i), gsi + i),
+                    ram,
+                    allocator,
+                    interrupts,
+                );
             }
         }
     }
 
     fn add(
         &mut self,
-        window: u64,
-        gsi: u32,
+        (window, gsi): (u64, u32),
+        ram: u64,
         allocator: &mut Allocator,
         interrupts: &mut Interrupts,
     ) {
@@ -94,7 +102,14 @@ impl Devices {
                     |d| (&d.transport, 0),
                 ),
             ),
-            5 => (DeviceKind::Balloon, None),
+            5 => (
+                DeviceKind::Balloon,
+                place(
+                    core::slice::from_mut(&mut self.balloon),
+                    || Balloon::start(&found, ram, allocator, interrupts),
+                    |d| (&d.transport, 0),
+                ),
+            ),
             19 => (
                 DeviceKind::Vsock,
                 place(
@@ -159,6 +174,7 @@ impl Devices {
         }
         let cards = self.net.iter_mut().flatten();
         let any = cards.fold(false, |any, net| net.poll() | any);
+        let any = self.balloon.as_mut().is_some_and(Balloon::poll) | any;
         self.vsock.as_mut().is_some_and(Vsock::poll) | any
     }
 
@@ -166,6 +182,7 @@ impl Devices {
     pub(crate) fn arm(&mut self) -> bool {
         let cards = self.net.iter_mut().flatten();
         let any = cards.fold(false, |any, net| net.arm() | any);
+        let any = self.balloon.as_mut().is_some_and(Balloon::arm) | any;
         self.vsock.as_mut().is_some_and(Vsock::arm) | any
     }
 
@@ -174,6 +191,9 @@ impl Devices {
         self.net.iter_mut().flatten().for_each(Net::disarm);
         if let Some(vsock) = &mut self.vsock {
             vsock.disarm();
+        }
+        if let Some(balloon) = &mut self.balloon {
+            balloon.disarm();
         }
     }
 }

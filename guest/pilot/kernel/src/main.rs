@@ -26,7 +26,7 @@ mod virtio;
 
 use core::arch::global_asm;
 
-use offshoot_protocol::{Id, Mode, READY, Refusal, Reply, VERSION, pattern};
+use offshoot_protocol::{Id, Mode, READY, Refusal, Reply, Text, VERSION, pattern};
 
 use crate::devices::Devices;
 use crate::info::BootInfo;
@@ -111,7 +111,11 @@ impl Pilot {
             ram: info.ram_bytes(),
             owned,
             dirty: Dirty::new(),
-            mode: Mode::Halt,
+            mode: info
+                .values("pilot.mode")
+                .last()
+                .and_then(Mode::parse)
+                .unwrap_or_default(),
             interrupts,
             serial_vector,
             lines: LineReader::new(),
@@ -121,6 +125,10 @@ impl Pilot {
             last_refusal: None,
             vcpus: 1,
         };
+        smp::set_mode(this.mode);
+        if this.mode != Mode::Halt {
+            this.devices.disarm();
+        }
         this.vcpus = smp::start(
             info.number("pilot.vcpus")
                 .map_or(acpi.processors, |n| n as u32),

@@ -126,8 +126,31 @@ impl Owned {
         }
     }
 
+    /// Takes the last `len` bytes, a multiple of the page size, out.
+    pub(crate) fn shrink(&mut self, len: u64) {
+        self.len -= len.min(self.len);
+    }
+
+    /// Puts back what `shrink` took last.
+    pub(crate) fn grow(&mut self, len: u64) {
+        let all = self.regions.iter().map(|region| region.len).sum();
+        self.len = (self.len + len).min(all);
+    }
+
+    /// The address of the byte at `offset`; 0 outside.
+    pub(crate) fn address(&self, offset: u64) -> u64 {
+        let mut base = 0;
+        for region in &self.regions {
+            if offset - base < region.len {
+                return region.start + (offset - base);
+            }
+            base += region.len;
+        }
+        0
+    }
+
     /// Calls `work` with the address, offset and length of each piece of an area.
-    fn each(
+    pub(crate) fn each(
         &self,
         offset: u64,
         len: u64,

@@ -87,6 +87,9 @@ impl Guest {
                 "virtio-net-device,netdev=net,mac=52:54:00:01:02:03",
             ])
             .args(["-device", "virtio-rng-device", "-device", "i8042"])
+            .args(["-device", "virtio-balloon-device,free-page-reporting=on"])
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", file("qmp")))
             .args(["-kernel", &file("pilot")])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -170,6 +173,27 @@ impl Guest {
             }
         }
         Ok(false)
+    }
+
+    /// Gives QEMU a command and waits until it is done.
+    pub(crate) fn command(&self, command: &str) -> Result<(), Failure> {
+        let stream = UnixStream::connect(self.dir.path().join("qmp"))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut lines = BufReader::new(stream.try_clone()?).lines();
+        lines.next().ok_or("no greeting")??;
+        for command in [r#"{"execute":"qmp_capabilities"}"#, command] {
+            (&stream).write_all(format!("{command}\n").as_bytes())?;
+            loop {
+                let line = lines.next().ok_or("no answer")??;
+                if line.contains("\"error\"") {
+                    return Err(line.into());
+                }
+                if line.contains("\"return\"") {
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The other end of the network card.

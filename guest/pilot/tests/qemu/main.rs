@@ -321,6 +321,38 @@ fn network_card_answers_and_asks() -> TestResult {
 }
 
 #[test]
+fn memory_goes_to_the_host_and_comes_back() -> TestResult {
+    const MIB: u64 = 1 << 20;
+    let mut guest = Guest::boot(&need_qemu!(), GuestOptions::default())?;
+    let owned = state(&mut guest)?.owned;
+    outcome(&mut guest, "fill seed=5")?;
+    // Reported pages are zero afterwards, and no others.
+    let reported = outcome(&mut guest, "report offset=4194304 len=8388608")?;
+    assert_eq!(reported.bytes, 8 * MIB);
+    let bad = outcome(&mut guest, "verify seed=5")?;
+    assert_eq!((bad.bad, bad.first_bad), (MIB, 4 * MIB));
+    outcome(&mut guest, "fill seed=5")?;
+
+    let target = |mib: u64| {
+        let bytes = mib * MIB;
+        format!(r#"{{"execute":"balloon","arguments":{{"value":{bytes}}}}}"#)
+    };
+    guest.command(&target(96))?;
+    let inflated = outcome(&mut guest, "balloon")?;
+    assert_eq!((inflated.bytes, inflated.units), (32 * MIB, 32));
+    assert_eq!(state(&mut guest)?.owned, owned - 32 * MIB);
+    let kept = outcome(&mut guest, "verify seed=5")?;
+    assert_eq!((kept.bytes, kept.bad), (owned - 32 * MIB, 0));
+
+    guest.command(&target(120))?;
+    assert_eq!(outcome(&mut guest, "balloon")?.bytes, 8 * MIB);
+    assert_eq!(state(&mut guest)?.owned, owned - 8 * MIB);
+    let back = outcome(&mut guest, "verify seed=5")?;
+    assert_eq!((back.bad, back.first_bad), (3 * MIB, owned - 32 * MIB));
+    Ok(())
+}
+
+#[test]
 fn random_bytes_differ() -> TestResult {
     let mut guest = Guest::boot(&need_qemu!(), GuestOptions::default())?;
     let mut seen = Vec::new();

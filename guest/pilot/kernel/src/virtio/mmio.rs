@@ -202,6 +202,11 @@ impl Transport {
         self.read(CONFIG + offset)
     }
 
+    /// Writes a 32-bit field of the configuration.
+    pub(crate) fn set_config_u32(&self, offset: u64, value: u32) {
+        self.write(CONFIG + offset, value);
+    }
+
     /// Reads a 64-bit field of the configuration, both halves of one generation.
     pub(crate) fn config_u64(&self, offset: u64) -> u64 {
         loop {
