@@ -8,8 +8,11 @@
     reason = "printing is what a command does; the libraries print nothing"
 )]
 
+mod demo;
 mod failure;
+mod guest;
 mod inspect;
+mod place;
 mod verify;
 
 use std::io::Write;
@@ -30,6 +33,7 @@ struct Cli {
 /// One variant a subcommand: its arguments, with a `run`, in a module of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::Demo),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
     /// Print the version of the command and of the snapshot format that it writes.
@@ -39,6 +43,7 @@ enum Command {
 fn main() -> ExitCode {
     let out = &mut std::io::stdout().lock();
     let done = match Cli::parse().command {
+        Command::Demo(demo) => demo.run(out),
         Command::Inspect(inspect) => inspect.run(out),
         Command::Verify(verify) => verify.run(out),
         Command::Version => version(out),

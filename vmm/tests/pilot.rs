@@ -21,6 +21,7 @@ use std::os::unix::net::UnixStream;
 
 const DISK: u64 = 4 << 20;
 
+#[allow(clippy::print_stderr, reason = "a skipped test says so")]
 fn host() -> Option<Arc<Host>> {
     match Host::open() {
         Ok(host) => Some(host),
