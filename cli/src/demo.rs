@@ -5,7 +5,6 @@ mod table;
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use offshoot_vmm::{DriveBinding, Host, RamSize, SaveOptions, Template};
 
 use crate::failure::{Context, Failure};
 use crate::guest::{Cable, DISK, Guest, Plan};
-use crate::place::{Place, PlaceArgs};
+use crate::place::{Place, PlaceArgs, allocated};
 use proof::{Area, Past};
 use table::Table;
 
@@ -236,16 +235,6 @@ fn volume(name: &str) -> Result<VolumeName, Failure> {
 
 fn seed(copy: u32) -> u64 {
     1000 + u64::from(copy)
-}
-
-/// The space that a snapshot's files take, in bytes.
-fn allocated(snapshot: &Path) -> Result<u64, Failure> {
-    use std::os::unix::fs::MetadataExt;
-    let mut bytes = 0;
-    for entry in std::fs::read_dir(snapshot)? {
-        bytes += entry?.metadata()?.blocks() * 512;
-    }
-    Ok(bytes)
 }
 
 fn median(samples: &mut [Duration]) -> Duration {

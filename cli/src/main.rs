@@ -8,6 +8,7 @@
     reason = "printing is what a command does; the libraries print nothing"
 )]
 
+mod bench;
 mod demo;
 mod failure;
 mod guest;
@@ -34,6 +35,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Demo(demo::Demo),
+    Bench(bench::Bench),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
     /// Print the version of the command and of the snapshot format that it writes.
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
     let out = &mut std::io::stdout().lock();
     let done = match Cli::parse().command {
         Command::Demo(demo) => demo.run(out),
+        Command::Bench(bench) => bench.run(out),
         Command::Inspect(inspect) => inspect.run(out),
         Command::Verify(verify) => verify.run(out),
         Command::Version => version(out),

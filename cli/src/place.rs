@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -118,6 +119,15 @@ impl Place {
             None => self.dir.path(),
         }
     }
+}
+
+/// The space that the files of a directory take, in bytes.
+pub(crate) fn allocated(dir: &Path) -> Result<u64, Failure> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(dir)? {
+        bytes += entry?.metadata()?.blocks() * 512;
+    }
+    Ok(bytes)
 }
 
 /// A btrfs in a sparse file, mounted until this is dropped.
