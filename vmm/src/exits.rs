@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::{Context, Result};
+use crate::device_loop::eventfd;
+use crate::error::Result;
 use crate::sync::lock;
 
 /// Why the guest does not run any more.
@@ -96,7 +97,7 @@ impl Exits {
         Ok(Arc::new(Self {
             first: Mutex::new(None),
             changed: Condvar::new(),
-            event: EventFd::new(EFD_NONBLOCK).context("cannot make an eventfd")?,
+            event: eventfd("cannot make an eventfd")?,
         }))
     }
 
