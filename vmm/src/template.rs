@@ -181,7 +181,7 @@ fn layout_like(
 }
 
 /// Takes the machine's sections apart; nothing may be left over.
-fn decode(mut sections: Sections<'_>) -> Result<MachineState> {
+pub(crate) fn decode(mut sections: Sections<'_>) -> Result<MachineState> {
     let platform: PlatformState = sections.take(0).map_err(unreadable)?;
     let chips = sections.take(0).map_err(unreadable)?;
     let serial = platform

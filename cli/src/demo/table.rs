@@ -65,7 +65,7 @@ mod tests {
         let mut out = Vec::new();
         table.print(&mut out).unwrap();
         let expected = "\
-             \x20              copy    qcow2\n\
+             \x20               copy    qcow2\n\
              boot         7.00 ms  8.50 ms\n\
              a long step    1 MiB   12 MiB\n";
         assert_eq!(String::from_utf8(out).unwrap(), expected);
