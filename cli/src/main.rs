@@ -43,6 +43,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Workers are this very program, started by whoever drives machines through `worker::Program`.
+    if let Some(status) = offshoot_vmm::worker::run_if_worker(offshoot_storage::open_backend) {
+        return status;
+    }
     let out = &mut std::io::stdout().lock();
     let done = match Cli::parse().command {
         Command::Demo(demo) => demo.run(out),

@@ -26,6 +26,7 @@ mod template;
 mod tests;
 mod threads;
 mod vcpu;
+pub mod worker;
 
 pub use bindings::{
     Bindings, DriveBinding, DriveSource, Misfit, Misfits, NetHost, NetPeer, VsockHost,

@@ -9,6 +9,7 @@ use offshoot_devices::virtio::rng::{BytesPerSecond, DEFAULT_RATE, Rng, RngState}
 use offshoot_devices::virtio::vsock::{GuestCid, Vsock, VsockState};
 use offshoot_devices::virtio::{SetupError, VirtioDevice};
 use offshoot_snapshot_format::{self as format, Payload, Section, Sections};
+use serde::{Deserialize, Serialize};
 
 use crate::bindings::Bindings;
 use crate::device_loop::Subscriber;
@@ -17,7 +18,7 @@ use crate::memory::{Memory, RamReclaim};
 use crate::sync::lock;
 
 /// A device as it is configured. It is the same in every copy of a machine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ModelConfig {
     /// A drive. Its volume comes with the bindings.
@@ -38,7 +39,7 @@ impl ModelConfig {
 }
 
 /// How a drive looks to the guest.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct DriveConfig {
     /// What the guest reads as its serial number: at most 20 bytes; its id when there is none.
     pub serial: Option<String>,
