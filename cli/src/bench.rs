@@ -1,17 +1,23 @@
 //! `offshoot bench`: what things cost here.
 
 mod boot;
+mod create;
+mod density;
 mod disk_fork;
+mod live_fork;
 mod measure;
 mod memory;
 mod restore;
 mod snapshot;
+mod workers;
 
 use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use offshoot_pilot::PilotClient;
 use offshoot_pilot::protocol::{Mode, Request};
 use offshoot_storage::{StorageBackend, VolumeName};
 use offshoot_vmm::{DriveBinding, Host, RamSize};
@@ -40,6 +46,9 @@ enum Which {
     Boot(boot::Boot),
     Restore(restore::Restore),
     Snapshot(snapshot::Snapshot),
+    LiveFork(live_fork::LiveFork),
+    Create(create::Create),
+    Density(density::Density),
     DiskFork(disk_fork::DiskFork),
 }
 
@@ -49,6 +58,9 @@ impl Bench {
             Which::Boot(bench) => bench.run(out),
             Which::Restore(bench) => bench.run(out),
             Which::Snapshot(bench) => bench.run(out),
+            Which::LiveFork(bench) => bench.run(out),
+            Which::Create(bench) => bench.run(out),
+            Which::Density(bench) => bench.run(out),
             Which::DiskFork(bench) => bench.run(out),
         }
     }
@@ -172,8 +184,7 @@ impl Bed<'_> {
     }
 
     /// Has a guest fill its memory and a quarter of its disk, and idle in `mode` afterwards.
-    fn settle(&self, guest: &Guest, mode: Mode) -> Result<(), Failure> {
-        let mut client = guest.client()?;
+    fn settle(&self, mut client: PilotClient<UnixStream>, mode: Mode) -> Result<(), Failure> {
         client.work(&Request::Fill {
             offset: 0,
             len: u64::MAX,

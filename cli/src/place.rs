@@ -95,8 +95,13 @@ impl Place {
 
     /// Opens a store of its own for a backend.
     pub(crate) fn store(&self, backend: &str) -> Result<Arc<dyn StorageBackend>, Failure> {
-        let dir = self.path().join(backend.replace(':', "-"));
-        open_backend(backend, &dir).context(|| format!("cannot use the backend {backend} here"))
+        open_backend(backend, &self.store_dir(backend))
+            .context(|| format!("cannot use the backend {backend} here"))
+    }
+
+    /// The directory of a backend's store.
+    pub(crate) fn store_dir(&self, backend: &str) -> PathBuf {
+        self.path().join(backend.replace(':', "-"))
     }
 
     /// A new directory for snapshots.

@@ -25,14 +25,16 @@ const KERNEL: [&str; 5] = [
 
 impl Footprint {
     pub(super) fn now() -> Result<Self, Failure> {
-        let own = read("/proc/self/smaps_rollup")?;
         let all = read("/proc/meminfo")?;
-        let pss_kib = field(&own, "Pss")
-            .ok_or_else(|| Failure::new("/proc/self/smaps_rollup does not tell the PSS"))?;
         Ok(Self {
-            pss_kib,
+            pss_kib: pss("/proc/self/smaps_rollup")?,
             kernel_kib: KERNEL.iter().filter_map(|name| field(&all, name)).sum(),
         })
+    }
+
+    /// The proportional set size of another process.
+    pub(super) fn of_process(pid: i32) -> Result<f64, Failure> {
+        pss(&format!("/proc/{pid}/smaps_rollup"))
     }
 
     /// What was added since an earlier moment.
@@ -42,6 +44,10 @@ impl Footprint {
             kernel_kib: self.kernel_kib - before.kernel_kib,
         }
     }
+}
+
+fn pss(path: &str) -> Result<f64, Failure> {
+    field(&read(path)?, "Pss").ok_or_else(|| Failure::new(format!("{path} does not tell the PSS")))
 }
 
 fn read(path: &str) -> Result<String, Failure> {

@@ -109,7 +109,7 @@ impl Restore {
 fn sample(bed: &Bed<'_>, snapshots: &Path, mode: Mode) -> Result<Saved, Failure> {
     let name = format!("source-{mode}");
     let mut guest = bed.boot(&name)?;
-    bed.settle(&guest, mode)?;
+    bed.settle(guest.client()?, mode)?;
     let paused = guest.running.pause()?;
     let saved = paused.save(snapshots, SaveOptions::new()?)?;
     drop(paused);

@@ -39,7 +39,7 @@ fn measure(bed: &Bed<'_>) -> Result<Vec<Metric>, Failure> {
     while left > 0 {
         let volume = format!("source-{left}");
         let mut guest = bed.boot(&volume)?;
-        bed.settle(&guest, Mode::Halt)?;
+        bed.settle(guest.client()?, Mode::Halt)?;
         let round = left.min(OF_ONE_GUEST);
         left -= round;
         for _ in 0..round {

@@ -15,7 +15,7 @@ use offshoot_storage::LayerName;
 
 use super::channel::Channel;
 use super::message::{Answer, Ask, Forked, Told};
-use super::plan::{MachinePlan, Stored, WorkerBindings};
+use super::plan::{MachinePlan, WorkerBindings};
 use super::serve::made_layers;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::exits::ExitReason;

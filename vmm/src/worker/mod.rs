@@ -27,6 +27,7 @@ mod serve;
 mod writer;
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,13 +47,18 @@ pub type OpenBackend =
 
 /// An instant as nanoseconds of `CLOCK_MONOTONIC`, which all processes of a host share.
 fn monotonic_ns(at: Instant) -> u64 {
+    let then = monotonic().saturating_sub(at.elapsed());
+    u64::try_from(then.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The time since this host's boot (`CLOCK_MONOTONIC`), to compare with what workers tell.
+#[must_use]
+pub fn monotonic() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let now = Duration::new(
+    Duration::new(
         u64::try_from(now.tv_sec).unwrap_or(0),
         u32::try_from(now.tv_nsec).unwrap_or(0),
-    );
-    let then = now.saturating_sub(at.elapsed());
-    u64::try_from(then.as_nanos()).unwrap_or(u64::MAX)
+    )
 }
 
 /// The stores that this process has opened.
@@ -68,6 +74,19 @@ impl Backends {
             open,
             opened: BTreeMap::new(),
         }
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.opened
+            .values()
+            .flat_map(|backend| backend.descriptors())
+    }
+
+    /// In a forked child: see [`StorageBackend::forget_open`].
+    fn forget_open(&self) {
+        self.opened
+            .values()
+            .for_each(|backend| backend.forget_open());
     }
 
     fn open(&mut self, kind: &str, dir: &Path) -> Result<Arc<dyn StorageBackend>> {

@@ -678,9 +678,9 @@ fn fork_all(plans: Vec<Plan>, moment: Moment, layers: Vec<(String, String)>) -> 
 }
 
 impl Session {
-    /// What of the parent may live on in its child: nothing but KVM's device and plain data. The rest
-    /// is forgotten, and its descriptors are closed.
-    fn shed(self, kept: &[&OwnedFd], channel: &Channel) -> (Option<Arc<Host>>, OpenBackend) {
+    /// What of the parent may live on in its child: KVM's device, the stores, plain data. The rest is
+    /// forgotten, and its descriptors are closed.
+    fn shed(self, kept: &[&OwnedFd], channel: &Channel) -> (Option<Arc<Host>>, Backends) {
         let Self {
             channel: old,
             backends,
@@ -690,20 +690,21 @@ impl Session {
             children,
             ..
         } = self;
-        let open = backends.open;
-        std::mem::forget((old, backends, life, made, children));
+        std::mem::forget((old, life, made, children));
         let mut fds: Vec<_> = kept.iter().map(|fd| fd.as_raw_fd()).collect();
         fds.push(channel.as_fd().as_raw_fd());
         fds.extend(host.as_ref().map(|host| host.as_raw_fd()));
+        fds.extend(backends.descriptors().map(|fd| fd.as_raw_fd()));
         process::close_all_but(&mut fds);
-        (host, open)
+        backends.forget_open();
+        (host, backends)
     }
 
     /// Becomes the child of a fork, with a running machine, or ends.
     fn into_child(self, seed: ChildSeed) -> Self {
         let kept: Vec<&OwnedFd> = seed.fds.iter().collect();
-        let (host, open) = self.shed(&kept, &seed.channel);
-        let mut session = Self::new(seed.channel, Backends::new(open));
+        let (host, backends) = self.shed(&kept, &seed.channel);
+        let mut session = Self::new(seed.channel, backends);
         session.host = host;
         let born = session.build(
             seed.state,
@@ -743,8 +744,7 @@ impl Session {
 
     /// Becomes a writer; returns its exit status.
     fn into_writer(self, seed: WriterSeed) -> i32 {
-        let (host, open) = self.shed(&[], &seed.channel);
-        drop(host);
-        writer::run(seed, &mut Backends::new(open))
+        let (_host, mut backends) = self.shed(&[], &seed.channel);
+        writer::run(seed, &mut backends)
     }
 }
