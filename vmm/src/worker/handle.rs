@@ -14,9 +14,9 @@ use offshoot_snapshot_format::{Disk, Metadata, SnapshotId, Verify};
 use offshoot_storage::LayerName;
 
 use super::channel::Channel;
+use super::fork::made_layers;
 use super::message::{Answer, Ask, Forked, Told};
 use super::plan::{MachinePlan, WorkerBindings};
-use super::serve::made_layers;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::exits::ExitReason;
 use crate::snapshot::{SaveOptions, Saved};

@@ -19,6 +19,8 @@
 //!   and do not depend on the process that they were forked from.
 
 mod channel;
+mod child;
+mod fork;
 mod handle;
 mod message;
 mod plan;

@@ -2,26 +2,28 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use offshoot_snapshot_format::{RawSnapshot, Verify};
 use offshoot_storage::{LayerName, VolumeName};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::channel::{Channel, Received};
+use super::child::ChildSeed;
+use super::fork::{Forking, Writing};
 use super::handle::WORKER_ARGUMENT;
-use super::message::{Answer, Ask, Birth, Forked, Origin, Request, Status, Told, WireError};
-use super::plan::{BindingSpec, FrozenLayer, MachineSpec, Made, Stored};
-use super::process::{self, Side};
+use super::message::{Answer, Ask, Birth, Origin, Request, Status, Told, WireError};
+use super::plan::{BindingSpec, MachineSpec, Made, Stored};
+use super::process;
 use super::writer::{self, WriterSeed};
 use super::{Backends, OpenBackend};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kvm::Host;
-use crate::machine::{Machine, Paused, Running};
+use crate::machine::{Machine, Running};
 use crate::memory::Memory;
 use crate::snapshot::storage;
 use crate::state::MachineState;
@@ -67,25 +69,15 @@ enum Next {
     Writer(Box<WriterSeed>),
 }
 
-/// What a forked child becomes a machine from.
-struct ChildSeed {
-    channel: Channel,
-    bindings: BindingSpec,
-    fds: Vec<OwnedFd>,
-    state: MachineState,
-    memory: Arc<Memory>,
-    /// Drive and layer.
-    layers: Vec<(String, String)>,
-}
-
 /// A snapshot that was loaded to be forked.
-struct Loaded {
-    state: MachineState,
-    memory: Arc<Memory>,
-    layers: Vec<(String, String)>,
+pub(super) struct Loaded {
+    pub(super) state: MachineState,
+    pub(super) memory: Arc<Memory>,
+    /// What each drive holds, by drive and layer.
+    pub(super) disks: Vec<(String, String)>,
 }
 
-enum Life {
+pub(super) enum Life {
     Empty,
     Running(Running),
     Paused(Machine),
@@ -93,24 +85,24 @@ enum Life {
 }
 
 /// A process that this one forked.
-struct Child {
-    pid: i32,
-    ended: OwnedFd,
+pub(super) struct Child {
+    pub(super) pid: i32,
+    pub(super) ended: OwnedFd,
 }
 
-struct Session {
-    channel: Channel,
-    backends: Backends,
-    host: Option<Arc<Host>>,
-    life: Life,
-    bindings: BindingSpec,
-    made: Made,
-    children: Vec<Child>,
+pub(super) struct Session {
+    pub(super) channel: Channel,
+    pub(super) backends: Backends,
+    pub(super) host: Option<Arc<Host>>,
+    pub(super) life: Life,
+    pub(super) bindings: BindingSpec,
+    pub(super) made: Made,
+    pub(super) children: Vec<Child>,
     exit_told: bool,
 }
 
 impl Session {
-    fn new(channel: Channel, backends: Backends) -> Self {
+    pub(super) fn new(channel: Channel, backends: Backends) -> Self {
         Self {
             channel,
             backends,
@@ -170,7 +162,7 @@ impl Session {
         }
     }
 
-    fn send(&self, told: &Told) {
+    pub(super) fn send(&self, told: &Told) {
         if let Err(error) = self.channel.send(told, &[], SEND) {
             // It shows as an end of the channel when the embedder is gone.
             tracing::warn!(%error, "the embedder does not listen");
@@ -227,8 +219,8 @@ impl Session {
                 },
                 fds,
             ) {
-                Ok(Snapshotting::Parent(forked)) => Ok(Answer::Forked(forked)),
-                Ok(Snapshotting::Writer(seed)) => return Next::Writer(seed),
+                Ok(Writing::Parent(forked)) => Ok(Answer::Forked(forked)),
+                Ok(Writing::Writer(seed)) => return Next::Writer(seed),
                 Err(error) => Err(error),
             },
             Ask::Drop { volumes, layers } => {
@@ -270,7 +262,7 @@ impl Session {
         Next::Quit
     }
 
-    fn host(&mut self) -> Result<Arc<Host>> {
+    pub(super) fn host(&mut self) -> Result<Arc<Host>> {
         if let Some(host) = &self.host {
             return Ok(Arc::clone(host));
         }
@@ -326,7 +318,12 @@ impl Session {
     }
 
     /// Starts a machine that was just made.
-    fn start(&mut self, machine: Machine, bindings: BindingSpec, made: Made) -> Result<()> {
+    pub(super) fn start(
+        &mut self,
+        machine: Machine,
+        bindings: BindingSpec,
+        made: Made,
+    ) -> Result<()> {
         self.life = Life::Running(machine.start()?);
         self.bindings = bindings;
         self.made = made.keep();
@@ -347,13 +344,13 @@ impl Session {
             disks: origin.disks,
         };
         let disks = origin.disks.iter();
-        let layers = disks
+        let disks = disks
             .map(|disk| (disk.id.clone(), disk.layer.clone()))
             .collect();
         self.life = Life::Template(Box::new(Loaded {
             state,
             memory: Arc::new(memory),
-            layers,
+            disks,
         }));
         Ok(Answer::Loaded(origin))
     }
@@ -400,7 +397,7 @@ impl Session {
     }
 
     /// Deletes what nothing depends on; what something does stays.
-    fn drop_storage(&mut self, volumes: &[Stored], layers: &[Stored]) {
+    pub(super) fn drop_storage(&mut self, volumes: &[Stored], layers: &[Stored]) {
         let mut delete = |item: &Stored, is_layer: bool| -> Result<()> {
             let what = || format!("cannot delete {}", item.name);
             let unnamed = |e| Error::because(ErrorKind::Config, what(), e);
@@ -423,328 +420,8 @@ impl Session {
     }
 }
 
-/// Those of the layers that were made for the occasion.
-pub(super) fn made_layers(layers: &[FrozenLayer]) -> Vec<Stored> {
-    let made = layers.iter().filter(|layer| layer.made);
-    made.map(|layer| layer.layer.clone()).collect()
-}
-
-fn birth() -> Birth {
+pub(super) fn birth() -> Birth {
     Birth {
         pid: i32::try_from(std::process::id()).unwrap_or(0),
-    }
-}
-
-enum Forking {
-    Parent(Forked),
-    Child(Box<ChildSeed>),
-}
-
-enum Snapshotting {
-    Parent(Forked),
-    Writer(Box<WriterSeed>),
-}
-
-/// What a machine is at one moment, for children to be made of.
-struct Moment {
-    state: MachineState,
-    memory: Arc<Memory>,
-    layers: Vec<FrozenLayer>,
-}
-
-impl Session {
-    /// Forks the machine into `children`.
-    fn fork(
-        &mut self,
-        name: &str,
-        children: Vec<BindingSpec>,
-        fds: Vec<OwnedFd>,
-    ) -> Result<Forking> {
-        let mut fds = fds.into_iter();
-        let mut plans = Vec::new();
-        for spec in children {
-            let missing = || Error::new(ErrorKind::Bindings, "a child's descriptor is missing");
-            let channel = Channel::from_fd(fds.next().ok_or_else(missing)?);
-            let own: Vec<OwnedFd> = fds.by_ref().take(spec.fd_count()).collect();
-            if own.len() != spec.fd_count() {
-                return Err(missing());
-            }
-            plans.push((channel, spec, own));
-        }
-        if let Life::Template(loaded) = &self.life {
-            let moment = Moment {
-                state: loaded.state.clone(),
-                memory: Arc::clone(&loaded.memory),
-                layers: Vec::new(),
-            };
-            let layers = loaded.layers.clone();
-            return self.fork_each(plans, moment, layers, None);
-        }
-        let began = Instant::now();
-        let bindings = &self.bindings;
-        let mut paused = Held::of(&mut self.life)?;
-        let moment = capture(paused.get(), bindings, name)?;
-        let layers = moment
-            .layers
-            .iter()
-            .map(|l| (l.drive.clone(), l.layer.name.clone()))
-            .collect();
-        // From here on `self.life` is reached through `paused` only.
-        match fork_all(plans, moment, layers) {
-            Split::Child(seed) => {
-                paused.forget();
-                Ok(Forking::Child(seed))
-            }
-            Split::Parent(results, layers) => {
-                paused.release()?;
-                let pause = began.elapsed();
-                Ok(Forking::Parent(self.adopt(results, layers, pause)))
-            }
-        }
-    }
-
-    fn fork_each(
-        &mut self,
-        plans: Vec<Plan>,
-        moment: Moment,
-        layers: Vec<(String, String)>,
-        pause: Option<Duration>,
-    ) -> Result<Forking> {
-        match fork_all(plans, moment, layers) {
-            Split::Child(seed) => Ok(Forking::Child(seed)),
-            Split::Parent(results, layers) => {
-                let pause = pause.unwrap_or_default();
-                Ok(Forking::Parent(self.adopt(results, layers, pause)))
-            }
-        }
-    }
-
-    /// Takes note of forked children, so that they are waited for.
-    fn adopt(
-        &mut self,
-        results: Vec<io::Result<i32>>,
-        layers: Vec<FrozenLayer>,
-        pause: Duration,
-    ) -> Forked {
-        let children = results.into_iter().map(|result| {
-            let pid = result.map_err(|e| Error::io("the process cannot be forked", e));
-            if let Ok(pid) = &pid {
-                match process::pidfd(*pid) {
-                    Ok(ended) => self.children.push(Child { pid: *pid, ended }),
-                    Err(error) => tracing::error!(%error, pid, "a child's end will not be seen"),
-                }
-            }
-            pid.map_err(|error| WireError::from(&error))
-        });
-        Forked {
-            children: children.collect(),
-            pause_ns: u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX),
-            layers,
-        }
-    }
-
-    /// Forks a writer.
-    fn snapshot(&mut self, order: writer::Order, fds: Vec<OwnedFd>) -> Result<Snapshotting> {
-        let missing = || Error::new(ErrorKind::Config, "the writer's channel is missing");
-        let channel = Channel::from_fd(fds.into_iter().next().ok_or_else(missing)?);
-        self.running()?;
-        let began = Instant::now();
-        let bindings = &self.bindings;
-        let mut paused = Held::of(&mut self.life)?;
-        let moment = capture(paused.get(), bindings, &order.id.to_string())?;
-        let side = process::fork();
-        match side {
-            Ok(Side::Child) => {
-                paused.forget();
-                Ok(Snapshotting::Writer(Box::new(WriterSeed {
-                    channel,
-                    order,
-                    state: moment.state,
-                    memory: moment.memory,
-                    layers: moment.layers,
-                })))
-            }
-            Ok(Side::Parent(pid)) => {
-                paused.release()?;
-                let pause = began.elapsed();
-                Ok(Snapshotting::Parent(self.adopt(
-                    vec![Ok(pid)],
-                    moment.layers,
-                    pause,
-                )))
-            }
-            Err(error) => {
-                paused.release()?;
-                self.drop_storage(&[], &made_layers(&moment.layers));
-                Err(Error::io("the process cannot be forked", error))
-            }
-        }
-    }
-}
-
-/// A machine that is held still: a running one goes on when this is let go.
-enum Held<'a> {
-    Running(Paused<'a>),
-    Paused(Paused<'a>),
-}
-
-impl<'a> Held<'a> {
-    fn of(life: &'a mut Life) -> Result<Self> {
-        match life {
-            Life::Running(running) => Ok(Self::Running(running.pause()?)),
-            Life::Paused(machine) => Ok(Self::Paused(machine.paused())),
-            Life::Template(_) | Life::Empty => {
-                Err(Error::new(ErrorKind::Ended, "the worker has no machine"))
-            }
-        }
-    }
-
-    fn get(&mut self) -> &Paused<'a> {
-        match self {
-            Self::Running(paused) | Self::Paused(paused) => paused,
-        }
-    }
-
-    fn release(self) -> Result<()> {
-        match self {
-            Self::Running(paused) => paused.resume(),
-            Self::Paused(_) => Ok(()),
-        }
-    }
-
-    /// In a forked child: the machine is the parent's.
-    fn forget(self) {
-        std::mem::forget(self);
-    }
-}
-
-/// Captures a machine that is held still, and freezes its drives.
-fn capture(paused: &Paused<'_>, bindings: &BindingSpec, name: &str) -> Result<Moment> {
-    let state = paused.capture()?;
-    let frozen = paused.freeze(name)?;
-    let layers = frozen.drives.iter().filter_map(|drive| {
-        let (_, backend, store) = bindings.stores().find(|(id, ..)| *id == drive.id)?;
-        Some(FrozenLayer {
-            drive: drive.id.clone(),
-            made: drive.source.layer.is_none(),
-            layer: Stored {
-                backend: backend.to_owned(),
-                store: store.clone(),
-                name: drive.layer.to_string(),
-            },
-        })
-    });
-    let layers = layers.collect();
-    frozen.keep();
-    Ok(Moment {
-        state,
-        memory: Arc::clone(paused.memory()),
-        layers,
-    })
-}
-
-/// A child's channel, bindings and descriptors.
-type Plan = (Channel, BindingSpec, Vec<OwnedFd>);
-
-/// On which side of several forks.
-enum Split {
-    Parent(Vec<io::Result<i32>>, Vec<FrozenLayer>),
-    Child(Box<ChildSeed>),
-}
-
-/// Forks once for each plan.
-fn fork_all(plans: Vec<Plan>, moment: Moment, layers: Vec<(String, String)>) -> Split {
-    let mut results = Vec::with_capacity(plans.len());
-    let mut plans = plans.into_iter();
-    while let Some((channel, bindings, fds)) = plans.next() {
-        match process::fork() {
-            Ok(Side::Child) => {
-                // Its brothers' descriptors are closed with all others.
-                std::mem::forget(plans);
-                return Split::Child(Box::new(ChildSeed {
-                    channel,
-                    bindings,
-                    fds,
-                    state: moment.state,
-                    memory: moment.memory,
-                    layers,
-                }));
-            }
-            Ok(Side::Parent(pid)) => results.push(Ok(pid)),
-            Err(error) => results.push(Err(error)),
-        }
-    }
-    Split::Parent(results, moment.layers)
-}
-
-impl Session {
-    /// What of the parent may live on in its child: KVM's device, the stores, plain data. The rest is
-    /// forgotten, and its descriptors are closed.
-    fn shed(self, kept: &[&OwnedFd], channel: &Channel) -> (Option<Arc<Host>>, Backends) {
-        let Self {
-            channel: old,
-            backends,
-            host,
-            life,
-            made,
-            children,
-            ..
-        } = self;
-        std::mem::forget((old, life, made, children));
-        let mut fds: Vec<_> = kept.iter().map(|fd| fd.as_raw_fd()).collect();
-        fds.push(channel.as_fd().as_raw_fd());
-        fds.extend(host.as_ref().map(|host| host.as_raw_fd()));
-        fds.extend(backends.descriptors().map(|fd| fd.as_raw_fd()));
-        process::close_all_but(&mut fds);
-        backends.forget_open();
-        (host, backends)
-    }
-
-    /// Becomes the child of a fork, with a running machine, or ends.
-    fn into_child(self, seed: ChildSeed) -> Self {
-        let kept: Vec<&OwnedFd> = seed.fds.iter().collect();
-        let (host, backends) = self.shed(&kept, &seed.channel);
-        let mut session = Self::new(seed.channel, backends);
-        session.host = host;
-        let born = session.build(
-            seed.state,
-            &seed.memory,
-            seed.bindings,
-            seed.fds,
-            &seed.layers,
-        );
-        // The parent's mapping is this process's own, and ends with it.
-        std::mem::forget(seed.memory);
-        let failed = born.is_err();
-        let told = born
-            .map(|()| birth())
-            .map_err(|error| WireError::from(&error));
-        session.send(&Told::Born(told));
-        if failed {
-            process::exit(1);
-        }
-        session
-    }
-
-    fn build(
-        &mut self,
-        state: MachineState,
-        memory: &Memory,
-        bindings: BindingSpec,
-        fds: Vec<OwnedFd>,
-        layers: &[(String, String)],
-    ) -> Result<()> {
-        let host = self.host()?;
-        let memory = Memory::inherited(memory)?;
-        let (opened, made) = bindings.clone().open(&mut self.backends, fds, layers)?;
-        self.send(&Told::Made(bindings.makes()));
-        let machine = Machine::build_checked(&host, &state, memory, opened)?;
-        self.start(machine, bindings, made)
-    }
-
-    /// Becomes a writer; returns its exit status.
-    fn into_writer(self, seed: WriterSeed) -> i32 {
-        let (_host, mut backends) = self.shed(&[], &seed.channel);
-        writer::run(seed, &mut backends)
     }
 }
