@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use offshoot_devices::virtio::net::{Mac, NetConfig};
@@ -412,4 +413,75 @@ fn a_worker_pauses_and_goes_on_and_refuses_what_it_cannot() {
         PATIENCE,
     );
     assert_eq!(error.unwrap_err().kind(), ErrorKind::Ended);
+}
+
+/// The source works its disk and memory all the time; every child finds a consistent whole.
+#[test]
+fn a_busy_source_is_forked_again_and_again() {
+    let Some(place) = Place::new("copy") else {
+        return;
+    };
+    let source = place.boot("source", 2);
+    let mut pilot = place.pilot("source");
+    write(&mut pilot, 1);
+    let dirty = Request::Dirty {
+        offset: 0,
+        len: MEMORY,
+        rate: 20_000,
+    };
+    pilot.order(&dirty).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            let mut rounds = 0;
+            while !stop.load(Ordering::Relaxed) {
+                // The same content, so that a child's disk is whole at any moment.
+                good(&mut pilot, &blk(BlkOp::Write, 1));
+                good(&mut pilot, &blk(BlkOp::Verify, 1));
+                rounds += 1;
+            }
+            rounds
+        });
+        for number in 0..60 {
+            let name = format!("child{number}");
+            let children = source.fork(vec![place.fork(&name)], PATIENCE).unwrap();
+            let mut child = place.pilot(&name);
+            holds(&mut child, 1);
+            drop(child);
+            for worker in children.workers {
+                worker.discard(PATIENCE).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(busy.join().unwrap() > 5);
+    });
+    source.stop(PATIENCE).unwrap();
+    assert_eq!(place.volumes(), ["source"]);
+    assert!(place.open().layers().unwrap().is_empty());
+}
+
+/// Forks of forks, each generation's source gone before the next: nothing grows that limits depth.
+#[test]
+fn a_lineage_goes_deep() {
+    let Some(place) = Place::new("copy") else {
+        return;
+    };
+    let mut worker = place.boot("g0", 1);
+    write(&mut place.pilot("g0"), 1);
+    let mut fds = Vec::new();
+    for generation in 1..=40 {
+        let name = format!("g{generation}");
+        let mut children = worker.fork(vec![place.fork(&name)], PATIENCE).unwrap();
+        worker.discard(PATIENCE).unwrap();
+        worker = children.workers.remove(0);
+        let open = std::fs::read_dir(format!("/proc/{}/fd", worker.pid()))
+            .unwrap()
+            .count();
+        fds.push(open);
+    }
+    let mut pilot = place.pilot("g40");
+    holds(&mut pilot, 1);
+    assert!(fds[39] <= fds[1], "descriptors grow with depth: {fds:?}");
+    worker.stop(PATIENCE).unwrap();
+    assert_eq!(place.volumes(), ["g40"]);
 }
