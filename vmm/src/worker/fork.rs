@@ -137,6 +137,10 @@ impl Session {
         fds: Vec<OwnedFd>,
     ) -> Result<Forking> {
         let plans = plans(children, fds)?;
+        // Here and once: to open a store takes longer than all the rest of a fork.
+        for (_, backend, store) in plans.iter().flat_map(|plan| plan.bindings.stores()) {
+            self.backends.open(backend, store)?;
+        }
         let bindings = &self.bindings;
         let began = Instant::now();
         let held = Held::of(&mut self.life)?;
