@@ -21,6 +21,9 @@ pub enum ExitReason {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's kernel panicked, and said so at the panic port. What it does next (print,
+    /// wait, reset) is not waited for.
+    Panicked,
     /// The guest faulted while it handled a fault's fault.
     TripleFault,
     /// KVM could not go on: an instruction that it cannot emulate, or a state it cannot enter.
@@ -62,6 +65,7 @@ impl fmt::Display for ExitReason {
         match self {
             Self::PowerOff => f.write_str("the guest switched itself off"),
             Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::Panicked => f.write_str("the guest's kernel panicked"),
             Self::TripleFault => f.write_str("the guest ended in a triple fault"),
             Self::ThreadLost => f.write_str("a thread of the machine died"),
             Self::KvmError(error) => {

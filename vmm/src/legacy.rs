@@ -1,4 +1,4 @@
-//! The devices at I/O ports: serial port, keyboard controller, power switch.
+//! The devices at I/O ports: serial port, keyboard controller, power switch, panic port.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -126,6 +126,24 @@ impl BusDevice for SleepRegisters {
     }
 }
 
+/// Where the guest's kernel tells that it has panicked.
+#[derive(Debug)]
+struct PanicPort {
+    exits: Arc<Exits>,
+}
+
+impl BusDevice for PanicPort {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(acpi::PANICKED);
+    }
+
+    fn write(&self, _: u64, data: &[u8]) {
+        if data.first().is_some_and(|v| v & acpi::PANICKED != 0) {
+            self.exits.post(ExitReason::Panicked);
+        }
+    }
+}
+
 impl Legacy {
     /// The devices as after power-on.
     pub(crate) fn new(serial: Option<SerialOutput>, exits: &Arc<Exits>) -> Result<Self> {
@@ -174,6 +192,10 @@ impl Legacy {
             let keyboard = Arc::clone(&self.i8042);
             pio.add(port.into(), 1, Arc::new(KeyboardPort { keyboard, port }))?;
         }
+        let panic = Arc::new(PanicPort {
+            exits: Arc::clone(exits),
+        });
+        pio.add(acpi::PANIC_PORT.into(), 1, panic)?;
         let exits = Arc::clone(exits);
         let sleep = Arc::new(SleepRegisters { exits });
         pio.add(acpi::SLEEP_CONTROL_PORT.into(), SleepRegisters::LEN, sleep)

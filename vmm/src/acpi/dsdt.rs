@@ -9,7 +9,8 @@ use acpi_tables::sdt::Sdt;
 use vm_memory::Address;
 
 use super::{
-    POWER_BUTTON_GSI, SERIAL_GSI, SLEEP_TYPE_S5, VIRTIO_WINDOW_LEN, VMGENID_GSI, definition_block,
+    PANIC_PORT, POWER_BUTTON_GSI, SERIAL_GSI, SLEEP_TYPE_S5, VIRTIO_WINDOW_LEN, VMGENID_GSI,
+    definition_block,
 };
 use crate::boot::{MmioWindow, PlatformInfo, layout};
 
@@ -37,6 +38,7 @@ pub(super) fn build(platform: &PlatformInfo) -> Sdt {
         devices.extend(serial());
     }
     devices.extend(i8042());
+    devices.extend(panic_port());
     devices.extend(generation_id());
     devices.extend(power_button());
     devices.extend(event_device());
@@ -118,6 +120,20 @@ fn i8042() -> Vec<u8> {
                     &IO::new(I8042_COMMAND, I8042_COMMAND, 1, 1),
                     &interrupt(I8042_GSI),
                 ]),
+            ),
+        ],
+    ))
+}
+
+/// The guest's driver (Linux `pvpanic-mmio`) knows the port by the name that QEMU gave it.
+fn panic_port() -> Vec<u8> {
+    bytes(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&IO::new(PANIC_PORT, PANIC_PORT, 1, 1)]),
             ),
         ],
     ))

@@ -42,6 +42,11 @@ pub const IO_APIC_ADDRESS: u32 = 0xfec0_0000;
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// The sleep status register: a byte in I/O space that reads as zero.
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// The panic port (QEMU `docs/specs/pvpanic.txt`): a byte in I/O space by which the guest's kernel
+/// tells that it has panicked. Without it a panic that ends in a reset looks like a reset.
+pub const PANIC_PORT: u16 = 0x505;
+/// The bit for a panic: read, the port can be told of it; written, it has happened.
+pub const PANICKED: u8 = 1;
 /// The port and the value that reset the machine (the i8042's pulse of the reset line).
 const RESET_PORT: u16 = 0x64;
 const RESET_VALUE: u8 = 0xfe;

@@ -106,6 +106,7 @@ fn iasl_reads_the_tables_back() {
     for expected in [
         "Name (_HID, \"LNRO0005\")",
         "0xD0002000,",
+        "Name (_HID, \"QEMU0001\")",
         "Name (_CID, \"VM_Gen_Counter\")",
         "Notify (VGEN, 0x80)",
         "Notify (PWRB, 0x80)",

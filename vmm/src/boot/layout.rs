@@ -8,7 +8,7 @@
 //! 0x0002_0000  command line, 2 KiB at most
 //! 0x0009_fc00  end of low RAM as the guest knows it
 //! 0x000e_0000  ACPI tables, RSDP first; the range is reserved in the memory map
-//! 0x000f_f000  the page that holds the VM generation id
+//! 0x000f_f000  the page that holds the VM generation id; in its last bytes the reset vector
 //! 0x0010_0000  kernel
 //! ```
 
@@ -40,6 +40,9 @@ pub const LOW_RAM_END: GuestAddress = GuestAddress(0x9_fc00);
 pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
 /// The page that holds the VM generation id, at its start.
 pub const VMGENID_PAGE: GuestAddress = GuestAddress(0xf_f000);
+/// Where the processor of a PC starts in its firmware (F000:FFF0), and where a guest jumps to reset
+/// it "by the BIOS".
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Kernels load from here up.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 

@@ -20,7 +20,7 @@ use std::io;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult, bzimage::BzImage, elf::Elf};
 use offshoot_devices::GuestRam;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use serde::{Deserialize, Serialize};
 
@@ -182,6 +182,14 @@ pub enum BootError {
     Parameters(#[source] linux_loader::configurator::Error),
 }
 
+/// What lies at the reset vector: `mov al, 0xfe; out 0x64, al` (the i8042 pulses the reset line),
+/// then `hlt` for ever; the same in 16-bit and 32-bit code.
+///
+/// Linux on a hardware-reduced ACPI machine without EFI uses neither ACPI's reset register nor the
+/// i8042 (`arch/x86/kernel/reboot.c`, `reboot_init` and `native_machine_emergency_restart`): it
+/// jumps here, in real mode. Where nothing lies here it runs on through zeroes and never ends.
+const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+
 /// Loads `source` into `memory` and describes the machine `platform` to it.
 ///
 /// RAM must begin at guest physical address 0 and hold at least the first 2 MiB.
@@ -219,6 +227,7 @@ pub fn load(
     } else {
         &[]
     };
+    memory.write_slice(&RESET_CODE, layout::RESET_VECTOR)?;
     let command_line = command_line::write(memory, &source.command_line, windows)?;
     let facts = BootFacts {
         command_line,

@@ -269,6 +269,17 @@ fn without_acpi_the_command_line_names_the_devices() {
     assert_eq!(read::<8>(&memory, layout::ACPI_TABLES.0), [0; 8]);
 }
 
+/// Every way of booting leaves the guest a way of resetting.
+#[test]
+fn code_lies_at_the_reset_vector() {
+    for kernel in [elf(Some(0x10_0040)), elf(None), bzimage(1)] {
+        let memory = ram(16);
+        load(&memory, &source(kernel), &platform()).unwrap();
+        // 16 bytes before the end of the first MiB: mov al, 0xfe; out 0x64, al
+        assert_eq!(read::<4>(&memory, 0xf_fff0), [0xb0, 0xfe, 0xe6, 0x64]);
+    }
+}
+
 #[test]
 fn the_memory_map_reserves_what_lies_below_1_mib_and_skips_the_hole() {
     let memory = GuestRam::from_ranges(&[

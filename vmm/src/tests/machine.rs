@@ -61,6 +61,31 @@ fn a_guest_switches_itself_off() {
     running.stop().wait();
 }
 
+#[test]
+fn a_jump_to_the_reset_vector_resets() {
+    let Some(host) = host() else { return };
+    // mov eax, 0xffff0; jmp eax
+    let code = &[0xb8, 0xf0, 0xff, 0x0f, 0x00, 0xff, 0xe0];
+    let running = boot(&host, code, Entry::Pvh).start().unwrap();
+    let reason = running.wait(Duration::from_secs(10));
+    assert_eq!(reason, Some(ExitReason::Reset));
+    running.stop().wait();
+}
+
+#[test]
+fn a_guest_tells_of_its_panic_before_it_resets() {
+    let Some(host) = host() else { return };
+    // mov dx, 0x505; in al, dx (what can be told: a panic); out dx, al;
+    // mov al, 0xfe; out 0x64, al (reset); jmp $
+    let code = &[
+        0x66, 0xba, 0x05, 0x05, 0xec, 0xee, 0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe,
+    ];
+    let running = boot(&host, code, Entry::Pvh).start().unwrap();
+    let reason = running.wait(Duration::from_secs(10));
+    assert_eq!(reason, Some(ExitReason::Panicked));
+    running.stop().wait();
+}
+
 /// A state as bytes, without what time changes.
 fn plain(state: &MachineState) -> Vec<Vec<u8>> {
     let mut parts = vec![state.platform.encode().unwrap()];
