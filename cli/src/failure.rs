@@ -10,7 +10,11 @@ pub(crate) struct Failure {
     what: String,
     causes: Vec<String>,
     reader_gone: bool,
+    status: u8,
 }
+
+/// The exit status of a command that failed, unless it documents others.
+const FAILED: u8 = 1;
 
 impl Failure {
     /// A failure that nothing else caused.
@@ -19,6 +23,7 @@ impl Failure {
             what: what.into(),
             causes: Vec::new(),
             reader_gone: false,
+            status: FAILED,
         }
     }
 
@@ -35,6 +40,16 @@ impl Failure {
     /// Whether whoever reads standard output has enough of it (`offshoot inspect … | head`).
     pub(crate) fn is_reader_gone(&self) -> bool {
         self.reader_gone
+    }
+
+    /// The failure with another exit status than 1.
+    pub(crate) fn with_status(self, status: u8) -> Self {
+        Self { status, ..self }
+    }
+
+    /// What the command exits with.
+    pub(crate) fn status(&self) -> u8 {
+        self.status
     }
 
     /// Says what was being done when `self` happened.
@@ -57,6 +72,7 @@ impl<E: Error> From<E> for Failure {
             what: error.to_string(),
             causes,
             reader_gone: false,
+            status: FAILED,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The `offshoot` command: parsing and printing. What it does is in the libraries.
 //!
-//! Exit status: 0 done, 1 failed, 2 the command line is wrong.
+//! Exit status: 0 done, 1 failed, 2 the command line is wrong; `offshoot run --help` lists its own.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::print_stdout,
@@ -14,6 +14,7 @@ mod failure;
 mod guest;
 mod inspect;
 mod place;
+mod run;
 mod verify;
 
 use std::io::Write;
@@ -37,6 +38,7 @@ enum Command {
     Demo(demo::Demo),
     Bench(bench::Bench),
     Inspect(inspect::Inspect),
+    Run(run::Run),
     Verify(verify::Verify),
     /// Print the version of the command and of the snapshot format that it writes.
     Version,
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Demo(demo) => demo.run(out),
         Command::Bench(bench) => bench.run(out),
         Command::Inspect(inspect) => inspect.run(out),
+        Command::Run(run) => run.run(),
         Command::Verify(verify) => verify.run(out),
         Command::Version => version(out),
     };
@@ -60,7 +63,7 @@ fn main() -> ExitCode {
         Err(failure) if failure.is_reader_gone() => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("offshoot: {failure}");
-            ExitCode::FAILURE
+            ExitCode::from(failure.status())
         }
     }
 }
