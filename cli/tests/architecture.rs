@@ -5,7 +5,7 @@ use std::process::Command;
 
 /// Which rooms a room may depend on. What is reached through several arrows counts as allowed
 /// only where it stands here.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
     ("offshoot-snapshot-format", &[]),
     ("offshoot-storage", &[]),
     ("offshoot-protocol", &[]),
@@ -28,6 +28,14 @@ const ARROWS: [(&str, &[&str]); 7] = [
             "offshoot-devices",
             "offshoot-pilot",
             "offshoot-protocol",
+            "offshoot-snapshot-format",
+            "offshoot-storage",
+            "offshoot-vmm",
+        ],
+    ),
+    (
+        "offshoot-lab",
+        &[
             "offshoot-snapshot-format",
             "offshoot-storage",
             "offshoot-vmm",
