@@ -49,10 +49,23 @@ fn every_scenario_has_a_test() {
 static OUTCOMES: OnceLock<Result<Vec<Outcome>, Error>> = OnceLock::new();
 
 fn wanted() -> Vec<&'static str> {
-    let words: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|argument| !argument.starts_with('-'))
-        .collect();
+    // Options of the test harness with a value that is no name, or the name of what not to run.
+    const WITH_VALUE: [&str; 5] = [
+        "--skip",
+        "--test-threads",
+        "--color",
+        "--format",
+        "--logfile",
+    ];
+    let mut words = Vec::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        if WITH_VALUE.contains(&argument.as_str()) {
+            arguments.next();
+        } else if !argument.starts_with('-') {
+            words.push(argument);
+        }
+    }
     let wanted = |name: &&str| words.is_empty() || words.iter().any(|word| name.contains(word));
     SCENARIOS.into_iter().filter(wanted).collect()
 }

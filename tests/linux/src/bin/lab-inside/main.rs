@@ -35,7 +35,7 @@ const CPU: Baseline = Baseline::V2;
 const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 panic=-1";
 
 /// Longer than a scenario takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Before the name of a scenario that this process is to run by itself.
 const ALONE: &str = "--alone";
 
