@@ -44,8 +44,8 @@ impl Place {
         Some(place)
     }
 
-    fn program() -> Program {
-        Program::at(env!("CARGO_BIN_EXE_offshoot"))
+    fn program(&self) -> Program {
+        Program::at(env!("CARGO_BIN_EXE_offshoot")).allowing(self.dir.path())
     }
 
     fn store(&self) -> PathBuf {
@@ -87,7 +87,7 @@ impl Place {
             .with_device("net", ModelConfig::Net(net))
             .with_device("entropy", ModelConfig::ENTROPY);
         let from = DriveFrom::New(name.into(), NonZeroU64::new(DISK).unwrap());
-        Worker::boot(&Self::program(), &plan, self.bindings(name, from), PATIENCE).unwrap()
+        Worker::boot(&self.program(), &plan, self.bindings(name, from), PATIENCE).unwrap()
     }
 
     fn pilot(&self, name: &str) -> Pilot {
@@ -258,7 +258,7 @@ fn a_snapshot_is_written_while_its_source_goes_on() {
     let host = Host::open().unwrap();
     let raw = RawSnapshot::open(&saved.path).unwrap();
     Template::load(&host, &raw, Verify::Eager).unwrap();
-    let loaded = Worker::template(&Place::program(), &saved.path, Verify::Eager, PATIENCE);
+    let loaded = Worker::template(&place.program(), &saved.path, Verify::Eager, PATIENCE);
     let (template, info) = loaded.unwrap();
     assert_eq!(info.id, saved.id);
     assert_eq!(info.disks[0].layer, saved.layers[0].1.to_string());
@@ -391,13 +391,8 @@ fn a_worker_pauses_and_goes_on_and_refuses_what_it_cannot() {
     holds(&mut pilot, 1);
     drop(children);
 
-    let error = Worker::template(
-        &Place::program(),
-        &place.snapshots(),
-        Verify::None,
-        PATIENCE,
-    )
-    .unwrap_err();
+    let error =
+        Worker::template(&place.program(), &place.snapshots(), Verify::None, PATIENCE).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BadState, "{error:?}");
     let nowhere = Program::at("/nowhere/offshoot");
     let error = Worker::template(&nowhere, &place.snapshots(), Verify::None, PATIENCE).unwrap_err();
@@ -484,4 +479,57 @@ fn a_lineage_goes_deep() {
     assert!(fds[39] <= fds[1], "descriptors grow with depth: {fds:?}");
     worker.stop(PATIENCE).unwrap();
     assert_eq!(place.volumes(), ["g40"]);
+}
+
+#[test]
+fn a_worker_reaches_its_directories_only() {
+    let Some(place) = Place::new("copy") else {
+        return;
+    };
+    let elsewhere = tempfile::tempdir().unwrap();
+    let source = place.boot("source", 1);
+    let mut pilot = place.pilot("source");
+    write(&mut pilot, 1);
+    // A snapshot, a disk and a socket in a directory that the worker was not given.
+    let options = SaveOptions::new().unwrap();
+    let writing = source
+        .snapshot(elsewhere.path(), options, PATIENCE)
+        .unwrap();
+    let error = writing.wait(|_, _| (), PATIENCE).unwrap_err();
+    assert!(
+        format!("{error:?}").contains("Permission denied"),
+        "{error:?}"
+    );
+    let outside = WorkerBindings::default()
+        .with_drive(
+            "disk",
+            "copy",
+            elsewhere.path().join("disks"),
+            DriveFrom::Fork("a".into()),
+        )
+        .with_vsock("vsock", place.socket("a"), None)
+        .with_unplugged("net");
+    let error = source.fork(vec![outside], PATIENCE).unwrap_err();
+    assert!(
+        format!("{error:?}").contains("Permission denied"),
+        "{error:?}"
+    );
+    let socket = elsewhere.path().join("a.sock");
+    let outside = WorkerBindings::default()
+        .with_drive("disk", "copy", place.store(), DriveFrom::Fork("a".into()))
+        .with_vsock("vsock", socket, None)
+        .with_unplugged("net");
+    let error = source.fork(vec![outside], PATIENCE).unwrap_err();
+    assert!(
+        format!("{error:?}").contains("Permission denied"),
+        "{error:?}"
+    );
+    holds(&mut pilot, 1);
+    assert_eq!(std::fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", source.pid())).unwrap();
+    assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+    drop(pilot);
+    source.stop(PATIENCE).unwrap();
+    assert_eq!(place.volumes(), ["source"]);
+    assert!(place.open().layers().unwrap().is_empty());
 }

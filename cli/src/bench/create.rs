@@ -5,7 +5,7 @@ use std::io::Write;
 use clap::Args;
 use offshoot_pilot::protocol::Mode;
 use offshoot_snapshot_format::Verify;
-use offshoot_vmm::worker::{self, Program, Worker};
+use offshoot_vmm::worker::{self, Worker};
 use offshoot_vmm::{SaveOptions, Saved};
 
 use super::{Bed, GuestArgs, Metric, times, workers};
@@ -35,19 +35,19 @@ fn measure(bed: &Bed<'_>) -> Result<Vec<Metric>, Failure> {
     let mut start = Vec::new();
     for _ in 0..bed.samples().min(20) {
         let called = worker::monotonic();
-        let template = template(&asleep)?;
+        let template = template(bed, &asleep)?;
         start.push(worker::monotonic() - called);
         template.stop(PATIENCE)?;
     }
     let (mut first_exit, mut vsock_reply) = (Vec::new(), Vec::new());
-    let origin = template(&busy)?;
+    let origin = template(bed, &busy)?;
     for _ in 0..bed.samples() {
         let called = worker::monotonic();
         let (child, _) = workers::fork(bed, &origin, "child")?;
         first_exit.push(child.first_exit(called)?);
         child.discard()?;
     }
-    let origin = template(&asleep)?;
+    let origin = template(bed, &asleep)?;
     for _ in 0..bed.samples() {
         let called = worker::monotonic();
         let (child, _) = workers::fork(bed, &origin, "child")?;
@@ -62,8 +62,9 @@ fn measure(bed: &Bed<'_>) -> Result<Vec<Metric>, Failure> {
     ])
 }
 
-pub(super) fn template(saved: &Saved) -> Result<Worker, Failure> {
-    let (worker, _) = Worker::template(&Program::this(), &saved.path, Verify::None, PATIENCE)?;
+pub(super) fn template(bed: &Bed<'_>, saved: &Saved) -> Result<Worker, Failure> {
+    let (worker, _) =
+        Worker::template(&workers::program(bed), &saved.path, Verify::None, PATIENCE)?;
     Ok(worker)
 }
 

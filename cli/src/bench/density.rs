@@ -42,7 +42,7 @@ impl Density {
 fn measure(bed: &Bed<'_>) -> Result<Vec<Metric>, Failure> {
     let snapshots = bed.place.snapshots(bed.name)?;
     let saved = create::sample(bed, &snapshots, Mode::Halt)?;
-    let template = create::template(&saved)?;
+    let template = create::template(bed, &saved)?;
     let before = Footprint::now()?;
     let called = worker::monotonic();
     let mut children = Vec::new();

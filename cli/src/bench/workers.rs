@@ -55,10 +55,19 @@ pub(super) fn boot(bed: &Bed<'_>, name: &str) -> Result<Subject, Failure> {
     let size = NonZeroU64::new(DISK_BYTES).ok_or_else(|| Failure::new("a disk has a size"))?;
     let (bindings, cable) = bindings(bed, name, DriveFrom::New(name.to_owned(), size))?;
     Ok(Subject {
-        worker: Worker::boot(&Program::this(), &machine, bindings, PATIENCE)?,
+        worker: Worker::boot(&program(bed), &machine, bindings, PATIENCE)?,
         name: name.to_owned(),
         cable,
     })
+}
+
+/// This program, as a worker that reaches what the bench works in.
+pub(super) fn program(bed: &Bed<'_>) -> Program {
+    let program = Program::this().allowing(bed.place.path());
+    match bed.socket("any").parent() {
+        Some(sockets) => program.allowing(sockets),
+        None => program,
+    }
 }
 
 /// Forks one child of `source`.

@@ -15,6 +15,7 @@ use offshoot_storage::LayerName;
 
 use super::channel::Channel;
 use super::fork::made_layers;
+use super::jail::Jail;
 use super::message::{Answer, Ask, Forked, Told};
 use super::plan::{MachinePlan, WorkerBindings};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -32,6 +33,7 @@ pub(super) const WORKER_ARGUMENT: &str = "offshoot-worker";
 pub struct Program {
     path: PathBuf,
     stderr: Option<Arc<OwnedFd>>,
+    jail: Jail,
 }
 
 impl Program {
@@ -41,7 +43,26 @@ impl Program {
         Self {
             path: path.into(),
             stderr: None,
+            jail: Jail(Some(Vec::new())),
         }
+    }
+
+    /// Lets workers and their children use the directory `path` and all beneath it, besides those that
+    /// the first bindings (or a template's snapshot) name: where snapshots go, the stores and sockets of
+    /// forks. Nothing else of the file system is within their reach.
+    #[must_use]
+    pub fn allowing(mut self, path: impl Into<PathBuf>) -> Self {
+        if let Some(directories) = &mut self.jail.0 {
+            directories.push(path.into());
+        }
+        self
+    }
+
+    /// Lets workers reach whatever their user may: for kernels without Landlock.
+    #[must_use]
+    pub fn unconfined(mut self) -> Self {
+        self.jail = Jail(None);
+        self
     }
 
     /// This very program, which must call [`run_if_worker`](super::run_if_worker).
@@ -173,7 +194,8 @@ impl Worker {
             .map(AsFd::as_fd)
             .chain(bindings.borrowed_fds())
             .collect();
-        let ask = Ask::Boot(Box::new(machine.spec.clone()), bindings.spec.clone());
+        let jail = program.jail.clone();
+        let ask = Ask::Boot(Box::new(machine.spec.clone()), bindings.spec.clone(), jail);
         match worker.connection.call(ask, &fds, timeout)? {
             Answer::Started(_) => Ok(worker),
             _ => Err(unexpected()),
@@ -194,6 +216,7 @@ impl Worker {
         let ask = Ask::Load {
             snapshot: snapshot.to_owned(),
             verify: verify == Verify::Eager,
+            jail: program.jail.clone(),
         };
         match worker.connection.call(ask, &[], timeout)? {
             Answer::Loaded(origin) => Ok((

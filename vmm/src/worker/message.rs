@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use offshoot_snapshot_format::{Disk, Metadata, SnapshotId};
 use serde::{Deserialize, Serialize};
 
+use super::jail::Jail;
 use super::plan::{BindingSpec, FrozenLayer, MachineSpec, Stored};
 use crate::error::{Error, ErrorKind};
 use crate::exits::ExitReason;
@@ -21,11 +22,12 @@ pub(super) struct Request {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Ask {
     /// Boots and starts a machine. Descriptors: kernel, initrd if any, those of the bindings.
-    Boot(Box<MachineSpec>, BindingSpec),
+    Boot(Box<MachineSpec>, BindingSpec, Jail),
     /// Becomes a template of a snapshot, which is never run and can be forked.
     Load {
         snapshot: PathBuf,
         verify: bool,
+        jail: Jail,
     },
     /// Forks. Descriptors: for each child its channel, then those of its bindings.
     Fork {

@@ -22,6 +22,7 @@ mod channel;
 mod child;
 mod fork;
 mod handle;
+mod jail;
 mod message;
 mod plan;
 mod process;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use offshoot_devices::virtio::net::{Mac, Stream, Tap};
@@ -368,6 +368,21 @@ impl BindingSpec {
             DriveFrom::Volume(_) | DriveFrom::Layer(_) => None,
         });
         made.collect()
+    }
+
+    /// The directories that it reaches into: of stores and sockets.
+    pub(super) fn directories(&self) -> impl Iterator<Item = &Path> {
+        let stores = self.drives.iter().map(|drive| drive.store.as_path());
+        let sockets = self.vsocks.iter().filter_map(|vsock| {
+            let parent = vsock.path.parent()?;
+            // A bare name lies in the working directory.
+            Some(if parent.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                parent
+            })
+        });
+        stores.chain(sockets)
     }
 
     /// Opens everything. `layers` are what forks of drives are made of.

@@ -16,6 +16,7 @@ use super::channel::{Channel, Received};
 use super::child::ChildSeed;
 use super::fork::{Forking, Writing};
 use super::handle::WORKER_ARGUMENT;
+use super::jail::Jail;
 use super::message::{Answer, Ask, Birth, Origin, Request, Status, Told, WireError};
 use super::plan::{BindingSpec, MachineSpec, Made, Stored};
 use super::process;
@@ -200,8 +201,12 @@ impl Session {
         let Received { message, fds } = received;
         let tag = message.tag;
         let done = match message.ask {
-            Ask::Boot(machine, bindings) => self.boot(*machine, bindings, fds),
-            Ask::Load { snapshot, verify } => self.load(&snapshot, verify),
+            Ask::Boot(machine, bindings, jail) => self.boot(*machine, bindings, &jail, fds),
+            Ask::Load {
+                snapshot,
+                verify,
+                jail,
+            } => self.load(&snapshot, verify, &jail),
             Ask::Fork { name, children } => match self.fork(&name, children, fds) {
                 Ok(Forking::Parent(forked)) => Ok(Answer::Forked(forked)),
                 Ok(Forking::Child(seed)) => return Next::Child(seed),
@@ -297,10 +302,15 @@ impl Session {
         &mut self,
         spec: MachineSpec,
         bindings: BindingSpec,
+        jail: &Jail,
         fds: Vec<OwnedFd>,
     ) -> Result<Answer> {
         self.must_be_empty()?;
         let host = self.host()?;
+        for (_, backend, store) in bindings.stores() {
+            self.backends.open(backend, store)?;
+        }
+        jail.enter(bindings.directories())?;
         let mut fds = fds.into_iter();
         let missing = || Error::new(ErrorKind::Config, "the kernel's descriptor is missing");
         let kernel = fds.next().ok_or_else(missing)?;
@@ -330,9 +340,10 @@ impl Session {
         Ok(())
     }
 
-    fn load(&mut self, snapshot: &Path, verify: bool) -> Result<Answer> {
+    fn load(&mut self, snapshot: &Path, verify: bool, jail: &Jail) -> Result<Answer> {
         self.must_be_empty()?;
         let host = self.host()?;
+        jail.enter(std::iter::once(snapshot))?;
         let raw = RawSnapshot::open(snapshot)
             .map_err(|e| Error::because(ErrorKind::BadState, "the snapshot cannot be used", e))?;
         let verify = if verify { Verify::Eager } else { Verify::None };

@@ -1,0 +1,68 @@
+//! What a worker may reach of the file system: the directories that it was given, and no other.
+//!
+//! Landlock confines a thread and all that it starts, for good. The worker confines itself when it has
+//! opened `/dev/kvm` and its stores, and before it looks at a kernel, a volume or a snapshot; its
+//! children inherit it. With it comes `no_new_privs`. Everything else that a worker uses reaches it as
+//! a descriptor.
+
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The rights that are governed: those of Linux 6.2, truncation included. A kernel that knows fewer is
+/// refused.
+const RIGHTS: ABI = ABI::V3;
+
+/// Which directories a worker may use; `None` for all that its user may.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Jail(pub(super) Option<Vec<PathBuf>>);
+
+impl Jail {
+    /// Confines this process. `besides` are directories that its task names.
+    pub(super) fn enter<'a>(&'a self, besides: impl Iterator<Item = &'a Path>) -> Result<()> {
+        let Some(directories) = &self.0 else {
+            return Ok(());
+        };
+        let unsupported = |e: RulesetError| {
+            Error::because(
+                ErrorKind::Unsupported,
+                "the worker cannot be confined: that takes Linux 6.2 with Landlock; ask for an unconfined one \
+                 to do without",
+                e,
+            )
+        };
+        let mut ruleset: RulesetCreated = Ruleset::default()
+            .set_compatibility(CompatLevel::HardRequirement)
+            .handle_access(AccessFs::from_all(RIGHTS))
+            .and_then(Ruleset::create)
+            .map_err(unsupported)?;
+        for directory in directories.iter().map(PathBuf::as_path).chain(besides) {
+            let what = || {
+                format!(
+                    "the worker cannot be given the directory {}",
+                    directory.display()
+                )
+            };
+            let opened =
+                PathFd::new(directory).map_err(|e| Error::because(ErrorKind::Config, what(), e))?;
+            ruleset = ruleset
+                .add_rule(PathBeneath::new(opened, AccessFs::from_all(RIGHTS)))
+                .map_err(unsupported)?;
+        }
+        let status = ruleset.restrict_self().map_err(unsupported)?;
+        if status.ruleset == RulesetStatus::FullyEnforced {
+            Ok(())
+        } else {
+            Err(Error::new(
+                ErrorKind::Unsupported,
+                "the worker was confined in part only",
+            ))
+        }
+    }
+}
