@@ -45,7 +45,7 @@ pub use reply::{Device, DeviceKind, ErrorCode, Outcome, Refusal, Reply, State};
 pub use request::{Area, BlkOp, Crash, Mode, Request};
 pub use value::{Bytes, Id, Ipv4, List, Mac, Text};
 #[cfg(feature = "std")]
-pub use vsock::connect_vsock;
+pub use vsock::{connect_vsock, greet_vsock};
 pub use wire::{Reader, Wire, WireError, WireErrorKind, Writer};
 
 /// The newest version of the messages that this crate speaks.

@@ -28,11 +28,22 @@ pub fn connect_vsock(path: &Path, port: u32, deadline: Instant) -> io::Result<Un
 }
 
 fn try_connect(path: &Path, port: u32, deadline: Instant) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(path)?;
+    greet_vsock(&mut stream, port, deadline)?;
+    Ok(stream)
+}
+
+/// Has the host side of a vsock connect this stream to a port of its guest. The stream's time-outs
+/// are then what was left until the deadline.
+///
+/// # Errors
+/// `ConnectionRefused`, or whatever the stream fails with: a time-out, or its end when nobody
+/// listens in the guest.
+pub fn greet_vsock(stream: &mut UnixStream, port: u32, deadline: Instant) -> io::Result<()> {
     let left = || {
         let left = deadline.saturating_duration_since(Instant::now());
         Some(left.max(Duration::from_millis(1)))
     };
-    let mut stream = UnixStream::connect(path)?;
     stream.set_write_timeout(left())?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     // "OK " and a number, byte by byte: what follows is the guest's.
@@ -44,7 +55,7 @@ fn try_connect(path: &Path, port: u32, deadline: Instant) -> io::Result<UnixStre
         line.extend(byte);
     }
     match line.starts_with(b"OK ") {
-        true => Ok(stream),
+        true => Ok(()),
         false => Err(io::ErrorKind::ConnectionRefused.into()),
     }
 }
