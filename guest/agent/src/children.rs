@@ -72,9 +72,10 @@ impl Child {
 pub(crate) struct Children(Mutex<HashMap<i32, Arc<Child>>>);
 
 impl Children {
-    /// Starts a child.
+    /// Starts a child, with all signals as they come.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<(process::Child, Arc<Child>)> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        sys::unblock(command);
         let mut table = lock(&self.0);
         let process = command.spawn()?;
         let pid = i32::try_from(process.id()).map_err(io::Error::other)?;

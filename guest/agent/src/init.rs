@@ -45,7 +45,8 @@ pub(crate) fn is_init() -> bool {
     rustix::process::getpid().is_init()
 }
 
-/// Mounts what every Linux program expects and nobody else would mount. What is mounted already
+/// Mounts what every Linux program expects and nobody else would mount. (In a namespace it has to
+/// be a namespace of mounts too.) What is mounted already
 /// stays; what can't be mounted is missing, and the console says so.
 pub(crate) fn set_up() {
     for (target, kind, flags, options) in MOUNTS {
@@ -142,12 +143,21 @@ pub(crate) fn stop(agent: &Agent, action: PowerAction) -> Result<(), Refusal> {
         }
     }
     rustix::fs::sync();
-    unmount_all();
+    if owns_machine() {
+        unmount_all();
+    }
     let command = match action {
         PowerAction::Reboot => RebootCommand::Restart,
         _ => RebootCommand::PowerOff,
     };
     reboot(command).doing("stopping")
+}
+
+/// Whether the file systems are this guest's to unmount. The first process of a mere namespace
+/// would take them from everybody else: a remount is of the file system, not of the mount.
+fn owns_machine() -> bool {
+    // PROC_PID_INIT_INO of the kernel: the first namespace.
+    fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link == Path::new("pid:[4026531836]"))
 }
 
 /// Unmounts what can be, the last mounted first; the root file system becomes read-only.

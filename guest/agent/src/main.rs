@@ -97,6 +97,7 @@ impl Options {
 
 fn main() -> ExitCode {
     sys::keep_heap_small();
+    sys::keep_descriptors();
     let is_init = init::is_init();
     let options = match Options::parse(env::args_os().skip(1), is_init) {
         Ok(options) => options,

@@ -22,6 +22,12 @@ fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
+/// Keeps what the agent was started with from those that it starts, but for the three streams.
+pub(crate) fn keep_descriptors() {
+    // SAFETY: close_range takes three numbers, and with this flag closes nothing here.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) };
+}
+
 /// Keeps the memory of many short threads in one heap, and gives large buffers back when freed.
 pub(crate) fn keep_heap_small() {
     // SAFETY: mallopt takes two numbers; it is called before any other thread runs.
@@ -71,6 +77,9 @@ pub(crate) fn vsock_peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
     })?;
     Ok(address.svm_cid)
 }
+
+/// `CLOSE_RANGE_CLOEXEC` of linux/close_range.h.
+const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
 
 /// Bytes of seed that one call of [`add_entropy`] takes.
 pub(crate) const SEED_PART: usize = 64;
@@ -156,6 +165,23 @@ pub(crate) fn kill(pid: i32, signal: i32, group: bool) -> io::Result<()> {
 pub(crate) fn kill_all(signal: i32) {
     // SAFETY: kill takes two numbers. That nobody is left is not an error here.
     let _ = unsafe { libc::kill(-1, signal) };
+}
+
+/// Gives the child of `command` all signals back that are blocked here.
+pub(crate) fn unblock(command: &mut Command) {
+    let prepare = || -> io::Result<()> {
+        // SAFETY: as in `block`: pointers to a set that outlives the calls, and null.
+        unsafe {
+            let mut set: libc::sigset_t = mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            match libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()) {
+                0 => Ok(()),
+                error => Err(io::Error::from_raw_os_error(error)),
+            }
+        }
+    };
+    // SAFETY: the closure makes two calls on a local value: no allocation, no lock.
+    unsafe { command.pre_exec(prepare) };
 }
 
 /// Whose rights a child gets.

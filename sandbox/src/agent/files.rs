@@ -13,7 +13,7 @@ use super::channel::Incoming;
 use crate::{Error, ErrorKind};
 
 /// The most bytes that a listing may take, names and all.
-const MAX_LISTING: usize = 64 << 20;
+const MAX_LISTING: usize = 32 << 20;
 
 /// How a file is written.
 #[derive(Debug, Clone, Default)]
@@ -204,7 +204,7 @@ impl Agent {
     /// Lists a directory, in no order. The names are plain ones: none has a `/` in it.
     ///
     /// # Errors
-    /// `TooLarge` for a directory of a million files.
+    /// `TooLarge` for a directory of some hundred thousand files.
     pub fn list(&self, path: impl AsRef<Path>, deadline: Instant) -> Result<Vec<Entry>, Error> {
         let path = bytes(path.as_ref());
         let channel = self.begin("list a directory", &Request::List { path }, deadline)?;
