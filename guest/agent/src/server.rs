@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use offshoot_protocol::agent::{ErrorCode, PORT};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
 };
@@ -97,8 +96,8 @@ impl Address {
     fn is_welcome(&self, peer: &OwnedFd) -> bool {
         match self {
             Self::Vsock(_) => sys::vsock_peer(peer.as_fd()).is_ok_and(|cid| cid == sys::HOST_CID),
-            Self::Unix(_) => socket_peercred(peer)
-                .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid()),
+            Self::Unix(_) => sys::unix_peer(peer.as_fd())
+                .is_ok_and(|uid| uid == 0 || uid == rustix::process::geteuid().as_raw()),
         }
     }
 }

@@ -78,6 +78,29 @@ pub(crate) fn vsock_peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(address.svm_cid)
 }
 
+/// The user at the other end of a Unix socket. (rustix has this, with a pid that can't be 0; and 0
+/// it is for a process outside of our pid namespace.)
+pub(crate) fn unix_peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    let mut len: libc::socklen_t = 12;
+    const { assert!(size_of::<libc::ucred>() == 12) };
+    // SAFETY: the kernel writes at most `len` bytes, the size of the structure, into it.
+    checked(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(peer.uid)
+}
+
 /// `CLOSE_RANGE_CLOEXEC` of linux/close_range.h.
 const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
 
