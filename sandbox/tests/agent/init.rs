@@ -37,6 +37,12 @@ fn sh(rig: &Rig, script: &str) -> String {
     text
 }
 
+/// Sends a signal to the first process from within, which may be the last that is heard of it.
+fn signal(rig: &Rig, name: &str) {
+    let command = Command::shell(format!("kill -{name} 1"));
+    let _ = rig.agent.run(&command, b"", 1000, soon());
+}
+
 /// How the namespace's first process ended, by the signal that the kernel turns a reboot of a
 /// namespace into (reboot(2)).
 fn end(mut rig: Rig) -> Option<i32> {
@@ -123,19 +129,19 @@ fn the_main_command_gets_signals_and_its_end_is_the_end() {
     };
     eventually("the command is up", || rig.path("up").exists());
     // From within: the agent is process 1 there.
-    sh(&rig, "kill -USR1 1");
+    signal(&rig, "USR1");
     eventually("the command got the signal", || rig.path("got").exists());
     rig.agent.ping(soon()).unwrap();
-    sh(&rig, "kill -TERM 1");
+    signal(&rig, "TERM");
     assert_eq!(end(rig), Some(2));
 }
 
 #[test]
 fn an_init_without_a_command_stops_when_asked_by_signal() {
-    for (name, signal) in [("TERM", 2), ("PWR", 2), ("INT", 1)] {
+    for (name, expected) in [("TERM", 2), ("PWR", 2), ("INT", 1)] {
         let Some(rig) = machine("") else { return };
-        sh(&rig, &format!("kill -{name} 1"));
-        assert_eq!(end(rig), Some(signal), "{name}");
+        signal(&rig, name);
+        assert_eq!(end(rig), Some(expected), "{name}");
     }
 }
 
