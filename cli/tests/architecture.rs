@@ -39,7 +39,11 @@ const ARROWS: [(&str, &[&str]); 10] = [
 ];
 
 /// Rooms that only tests of another room may use besides: what runs in guests.
-const TEST_ONLY: [&str; 3] = ["offshoot-agent-image", "offshoot-pilot", "offshoot-protocol"];
+const TEST_ONLY: [&str; 3] = [
+    "offshoot-agent-image",
+    "offshoot-pilot",
+    "offshoot-protocol",
+];
 
 /// Rooms that forbid unsafe code altogether, and their crate roots.
 const SAFE_ROOTS: [&str; 4] = [

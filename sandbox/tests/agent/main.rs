@@ -20,3 +20,4 @@ mod init;
 mod jobs;
 mod rig;
 mod terminal;
+mod vsock;
