@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use offshoot_protocol::agent::frame::{HEADER, MAX_RAW};
 use offshoot_protocol::agent::{ErrorCode, Header, RawKind, Refusal, Reply, Request};
@@ -160,13 +160,13 @@ impl Connection {
     /// After the last frame: lets the other side read it before the socket goes. A socket that is
     /// closed with unread bytes in it is reset, and the answer may be lost with it.
     pub(crate) fn linger(&self) {
+        const PATIENCE: Duration = Duration::from_secs(2);
         self.finish();
         let mut scrap = vec![0; 16 << 10];
-        let mut left: usize = 64 << 20;
-        let _ = self.set_read_timeout(Some(Duration::from_secs(2)));
-        while let Ok(got @ 1..) = self.read(&mut scrap) {
-            left = left.saturating_sub(got);
-            if left == 0 {
+        let until = Instant::now() + PATIENCE;
+        let _ = self.set_read_timeout(Some(PATIENCE));
+        while let Ok(1..) = self.read(&mut scrap) {
+            if Instant::now() >= until {
                 break;
             }
         }

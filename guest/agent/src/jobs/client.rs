@@ -33,8 +33,8 @@ pub(crate) fn exec(
     connection: &Arc<Connection>,
     command: &Exec,
 ) -> Result<(), Refusal> {
-    let job = agent.jobs.start(agent, command)?;
-    let reader = job.output.attach(0);
+    let (job, ticket) = agent.jobs.start(agent, command)?;
+    let reader = job.output.claim(ticket);
     let started = Reply::Started {
         job: job.id,
         pid: job.pid(),

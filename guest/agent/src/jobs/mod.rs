@@ -25,7 +25,7 @@ use crate::children::Child;
 use crate::failure::{Doing, refusal};
 use crate::lock::lock;
 use crate::{STACK, clock};
-use output::Output;
+use output::{Output, Ticket};
 
 /// Commands that run at a time.
 const MAX_RUNNING: usize = 128;
@@ -104,8 +104,8 @@ struct Table {
 pub(crate) struct Jobs(Mutex<Table>);
 
 impl Jobs {
-    /// Starts a command and the thread that looks after it.
-    pub(crate) fn start(&self, agent: &Arc<Agent>, command: &Exec) -> Result<Arc<Job>, Refusal> {
+    /// Starts a command and the thread that looks after it; holds a place for its first reader.
+    fn start(&self, agent: &Arc<Agent>, command: &Exec) -> Result<(Arc<Job>, Ticket), Refusal> {
         let kept = match command.output_kept {
             0 => DEFAULT_OUTPUT_KEPT,
             kept => kept.min(MAX_OUTPUT_KEPT),
@@ -129,6 +129,7 @@ impl Jobs {
             forgotten,
             is_forgotten: AtomicBool::new(false),
         });
+        let ticket = job.output.reserve(0);
         let limit = Some(command.time_limit_ms).filter(|limit| *limit > 0);
         let limit = limit.map(Duration::from_millis);
         let (of_thread, sources) = (Arc::clone(&job), spawned.sources);
@@ -141,7 +142,7 @@ impl Jobs {
             return Err(error).doing("starting a thread for the command");
         }
         table.jobs.insert(job.id, Arc::clone(&job));
-        Ok(job)
+        Ok((job, ticket))
     }
 
     /// A command by its number.

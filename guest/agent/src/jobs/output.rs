@@ -182,17 +182,35 @@ impl Output {
 
     /// Attaches a reader from a place on, or from the first kept byte if that is later.
     pub(crate) fn attach(&self, from: u64) -> Reader<'_> {
+        let ticket = self.reserve(from);
+        self.claim(ticket)
+    }
+
+    /// Holds a place for a reader, so that nothing from there on is dropped before he comes.
+    pub(crate) fn reserve(&self, from: u64) -> Ticket {
         let mut state = lock(&self.state);
         let place = from.clamp(state.first, state.next);
         state.last_reader += 1;
         let id = state.last_reader;
         state.readers.insert(id, place);
+        Ticket { id, place }
+    }
+
+    /// The reader that a place was held for.
+    pub(crate) fn claim(&self, ticket: Ticket) -> Reader<'_> {
         Reader {
             output: self,
-            id,
-            place,
+            id: ticket.id,
+            place: ticket.place,
         }
     }
+}
+
+/// A place that is held for a reader.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    id: u64,
+    place: u64,
 }
 
 /// An attached reader; detached when dropped.
