@@ -16,9 +16,12 @@ pub(crate) fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let path = dir.join(format!("offshoot-agent-{}", std::process::id()));
-        fs::write(&path, AGENT_ELF).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        let path = dir.join("offshoot-agent");
+        // Renamed, so that nobody runs a file that is being written.
+        let new = dir.join(format!("offshoot-agent.{}", std::process::id()));
+        fs::write(&new, AGENT_ELF).unwrap();
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(&new, &path).unwrap();
         path
     })
 }

@@ -12,17 +12,10 @@ mod tests {
     #[test]
     fn the_program_is_static_and_small() {
         assert_eq!(AGENT_ELF.first_chunk(), Some(b"\x7fELF"));
-        let interpreter = b"ld-linux-x86-64.so";
-        let found = AGENT_ELF
-            .windows(interpreter.len())
-            .any(|bytes| bytes == interpreter);
         assert!(AGENT_ELF.len() < 2 << 20, "{} bytes", AGENT_ELF.len());
         // PT_INTERP, number 3, would be among the program headers (ELF64: 56 bytes from 64 on).
         let count = usize::from(AGENT_ELF[56]);
         let has_interpreter = (0..count).any(|n| AGENT_ELF[64 + 56 * n] == 3);
-        assert!(
-            !has_interpreter,
-            "needs an interpreter; its name is there: {found}"
-        );
+        assert!(!has_interpreter, "it is linked dynamically");
     }
 }
