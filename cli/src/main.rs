@@ -8,8 +8,12 @@
     reason = "printing is what a command does; the libraries print nothing"
 )]
 
+mod bench;
+mod demo;
 mod failure;
+mod guest;
 mod inspect;
+mod place;
 mod verify;
 
 use std::io::Write;
@@ -30,6 +34,8 @@ struct Cli {
 /// One variant a subcommand: its arguments, with a `run`, in a module of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::Demo),
+    Bench(bench::Bench),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
     /// Print the version of the command and of the snapshot format that it writes.
@@ -37,8 +43,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Workers are this very program, started by whoever drives machines through `worker::Program`.
+    if let Some(status) = offshoot_vmm::worker::run_if_worker(offshoot_storage::open_backend) {
+        return status;
+    }
     let out = &mut std::io::stdout().lock();
     let done = match Cli::parse().command {
+        Command::Demo(demo) => demo.run(out),
+        Command::Bench(bench) => bench.run(out),
         Command::Inspect(inspect) => inspect.run(out),
         Command::Verify(verify) => verify.run(out),
         Command::Version => version(out),

@@ -2,6 +2,7 @@
 //! notifications are eventfds, guest memory is `vm-memory`, disks are `offshoot-storage` volumes.
 
 mod error;
+mod event;
 pub mod legacy;
 pub mod virtio;
 pub mod vmgenid;

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::{path::Path, process::ExitCode};
@@ -283,6 +284,17 @@ impl StorageBackend for Memory {
     }
     fn check(&self, volume: &VolumeName) -> Result<()> {
         self.disk("check", true, volume.as_str()).map(drop)
+    }
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    // What a forked process inherits is a copy of every disk, with nobody in it.
+    fn forget_open(&self) {
+        for disk in self.1.lock().unwrap().values() {
+            *disk.users.lock().unwrap() = (None, 0);
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The plug itself.
 
 use std::fmt::Debug;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::{Error, LayerName, Volume, VolumeName};
@@ -208,4 +209,13 @@ pub trait StorageBackend: Send + Sync + Debug {
     /// `Damaged` with the first finding; `NotFound`; `InUse` when it is open for writing elsewhere
     /// and its metadata is on the move.
     fn check(&self, volume: &VolumeName) -> Result<(), Error>;
+
+    /// The descriptors that the store itself cannot do without, such as its directories; not those of
+    /// what is open of it. A process that forks keeps these open in the child, and closes all others.
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// In a child of fork(2) that has closed every descriptor but [`descriptors`](Self::descriptors)
+    /// and has forgotten (not dropped) every volume: forgets, too, what it had open, without closing
+    /// it. From then on the object is as if it had just been opened. No lock was held at the fork.
+    fn forget_open(&self);
 }

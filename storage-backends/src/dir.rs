@@ -70,6 +70,11 @@ pub(crate) struct StoreDir {
 }
 
 impl StoreDir {
+    /// The directories.
+    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.volumes.as_fd(), self.layers.as_fd()]
+    }
+
     /// Opens `path` as a store of `kind`, making it one if it is empty or absent (its parent must
     /// exist), and removes what dead processes left half-made.
     pub(crate) fn open(

@@ -179,6 +179,12 @@ impl StorageBackend for Broken {
     fn check(&self, volume: &VolumeName) -> Result<(), Error> {
         self.0.check(volume)
     }
+    fn descriptors(&self) -> Vec<std::os::fd::BorrowedFd<'_>> {
+        self.0.descriptors()
+    }
+    fn forget_open(&self) {
+        self.0.forget_open();
+    }
 }
 
 #[test]

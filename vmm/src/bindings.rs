@@ -9,7 +9,9 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use offshoot_devices::virtio::SetupError;
 use offshoot_devices::virtio::blk::BlkHost;
+use offshoot_devices::virtio::net::{Mac, NetBackend, Stream, Tap, Unplugged};
 use offshoot_devices::virtio::vsock::{GuestCid, VsockBinding};
 use offshoot_devices::vmgenid::GenerationId;
 use offshoot_storage::{LayerName, StorageBackend, Volume};
@@ -88,6 +90,49 @@ impl VsockHost {
     }
 }
 
+/// What carries a network card's frames.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum NetPeer {
+    /// The tap interface of this name, which must exist.
+    Tap(String),
+    /// The program that listens on this Unix socket, in the framing of passt and QEMU.
+    Socket(PathBuf),
+    /// Something that is open already.
+    Open(Box<dyn NetBackend>),
+    /// Nothing: the link is down.
+    Unplugged,
+}
+
+impl NetPeer {
+    pub(crate) fn open(self) -> std::result::Result<Box<dyn NetBackend>, SetupError> {
+        Ok(match self {
+            Self::Tap(name) => Box::new(Tap::open(&name)?),
+            Self::Socket(path) => Box::new(Stream::connect(&path)?),
+            Self::Open(backend) => backend,
+            Self::Unplugged => Box::new(Unplugged::new()?),
+        })
+    }
+}
+
+/// How a network card is connected.
+#[derive(Debug)]
+pub struct NetHost {
+    /// The other end of its cable.
+    pub peer: NetPeer,
+    /// Another Ethernet address than the card has had. The driver of a guest that runs already
+    /// looks at it only when it starts.
+    pub mac: Option<Mac>,
+}
+
+impl NetHost {
+    /// Connected to `peer`, with the address that the card has.
+    #[must_use]
+    pub fn to(peer: NetPeer) -> Self {
+        Self { peer, mac: None }
+    }
+}
+
 /// Everything that a machine takes from its host.
 #[derive(Debug, Default)]
 pub struct Bindings {
@@ -95,6 +140,8 @@ pub struct Bindings {
     pub drives: BTreeMap<String, DriveBinding>,
     /// The host's side of each vsock, by the id of the device.
     pub vsocks: BTreeMap<String, VsockHost>,
+    /// The other end of each network card's cable, by the id of the device.
+    pub nets: BTreeMap<String, NetHost>,
     /// Where the serial port's output goes; nowhere when there is none here.
     pub serial: Option<SerialOutput>,
     /// The generation id that the guest finds; a fresh one when there is none here.
@@ -116,6 +163,13 @@ impl Bindings {
         self
     }
 
+    /// Connects the network card `id`.
+    #[must_use]
+    pub fn with_net(mut self, id: impl Into<String>, net: NetHost) -> Self {
+        self.nets.insert(id.into(), net);
+        self
+    }
+
     /// Sends the serial port's output to `out`.
     #[must_use]
     pub fn with_serial(mut self, out: impl Write + Send + 'static) -> Self {
@@ -134,6 +188,12 @@ impl Bindings {
                     wanted.push(id);
                     if !self.vsocks.contains_key(id) {
                         misfits.push(Misfit::NoVsock(id.into()));
+                    }
+                }
+                Demand::Net => {
+                    wanted.push(id);
+                    if !self.nets.contains_key(id) {
+                        misfits.push(Misfit::NoNet(id.into()));
                     }
                 }
                 Demand::Drive { size, read_only } => {
@@ -162,6 +222,8 @@ impl Bindings {
         misfits.extend(drives.map(Misfit::UnknownDrive));
         let vsocks = self.vsocks.keys().filter(unknown).cloned();
         misfits.extend(vsocks.map(Misfit::UnknownVsock));
+        let nets = self.nets.keys().filter(unknown).cloned();
+        misfits.extend(nets.map(Misfit::UnknownNet));
         if misfits.is_empty() {
             Ok(())
         } else {
@@ -182,6 +244,10 @@ pub enum Misfit {
     NoVsock(String),
     /// There is no such vsock.
     UnknownVsock(String),
+    /// A network card is not said to be connected to anything.
+    NoNet(String),
+    /// There is no such network card.
+    UnknownNet(String),
     /// The volume does not have the size that the guest knows.
     DriveSize {
         /// The drive.
@@ -202,6 +268,8 @@ impl fmt::Display for Misfit {
             Self::UnknownDrive(id) => write!(f, "there is no drive {id}"),
             Self::NoVsock(id) => write!(f, "vsock {id} has no socket on the host"),
             Self::UnknownVsock(id) => write!(f, "there is no vsock {id}"),
+            Self::NoNet(id) => write!(f, "network card {id} has no peer"),
+            Self::UnknownNet(id) => write!(f, "there is no network card {id}"),
             Self::DriveSize { id, wanted, found } => write!(
                 f,
                 "drive {id} has {wanted} bytes for the guest and its volume has {found}"

@@ -83,7 +83,7 @@ impl Machine {
         }
         let mut slots = Vec::new();
         for (place, device) in windows(config.devices.len()).zip(&config.devices) {
-            let model = Model::new(&device.id, &device.model, &bindings, vm.memory())?;
+            let model = Model::new(&device.id, &device.model, &mut bindings, vm.memory())?;
             slots.push(Slot::new(&device.id, place, model, vm.memory())?);
         }
         let exits = Exits::new()?;
@@ -162,7 +162,7 @@ impl Machine {
         state.chips.restore(vm.fd())?;
         let mut slots = Vec::new();
         for (place, (id, device)) in windows(state.devices.len()).zip(devices()) {
-            let model = Model::restore(id, &device.model, &bindings, vm.memory())?;
+            let model = Model::restore(id, &device.model, &mut bindings, vm.memory())?;
             slots.push(Slot::restore(id, place, model, device, vm.memory())?);
         }
         let exits = Exits::new()?;

@@ -4,8 +4,10 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 /// What kind of thing went wrong; match on this.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// There is no usable `/dev/kvm`, or no permission to use it.
@@ -30,6 +32,8 @@ pub enum ErrorKind {
     Storage,
     /// The machine has ended; what was asked for needs a live one.
     Ended,
+    /// A worker did not answer in time.
+    TimedOut,
     /// KVM or the operating system refused.
     System,
 }

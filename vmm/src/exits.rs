@@ -1,17 +1,20 @@
 //! How a guest's run ends, and who is told.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::{Context, Result};
+use crate::device_loop::eventfd;
+use crate::error::Result;
 use crate::sync::lock;
 
 /// Why the guest does not run any more.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ExitReason {
     /// The guest switched itself off.
@@ -27,12 +30,12 @@ pub enum ExitReason {
 }
 
 /// What KVM could not do, and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KvmError {
     /// The vCPU.
     pub vcpu: u8,
     /// What happened.
-    pub what: &'static str,
+    pub what: Cow<'static, str>,
     /// The exit's own number for it.
     pub code: u64,
     /// Registers, for a report.
@@ -40,7 +43,7 @@ pub struct KvmError {
 }
 
 /// The registers that a report of a dead guest shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "they bear the processor's names")]
 pub struct Registers {
     pub rip: u64,
@@ -96,7 +99,7 @@ impl Exits {
         Ok(Arc::new(Self {
             first: Mutex::new(None),
             changed: Condvar::new(),
-            event: EventFd::new(EFD_NONBLOCK).context("cannot make an eventfd")?,
+            event: eventfd("cannot make an eventfd")?,
         }))
     }
 

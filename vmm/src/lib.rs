@@ -26,8 +26,11 @@ mod template;
 mod tests;
 mod threads;
 mod vcpu;
+pub mod worker;
 
-pub use bindings::{Bindings, DriveBinding, DriveSource, Misfit, Misfits, VsockHost};
+pub use bindings::{
+    Bindings, DriveBinding, DriveSource, Misfit, Misfits, NetHost, NetPeer, VsockHost,
+};
 pub use config::{DeviceConfig, MAX_DEVICES, MachineConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use exits::{ExitReason, Exits, KvmError, Registers};

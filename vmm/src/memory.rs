@@ -107,6 +107,8 @@ pub fn ram_parts(size: RamSize) -> Vec<RamPart> {
 #[derive(Debug)]
 struct Mapping {
     region: Option<Arc<MmapRegion>>,
+    /// Whether it ends with this object; an inherited one ends with the process.
+    ours: bool,
 }
 
 impl Mapping {
@@ -193,6 +195,7 @@ impl Mapping {
         })?;
         Ok(Self {
             region: Some(Arc::new(region)),
+            ours: true,
         })
     }
 
@@ -205,6 +208,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if !self.ours {
+            return;
+        }
         match self.region.take().map(Arc::try_unwrap) {
             Some(Ok(region)) => {
                 // SAFETY: the mapping is ours, and `try_unwrap` proved that nobody else holds the
@@ -276,17 +282,27 @@ impl Memory {
     fn map(size: RamSize, image: Option<(&File, u64)>) -> Result<Self> {
         const WHAT: &str = "cannot map the guest's memory";
         let mut mappings = Vec::new();
-        let mut regions = Vec::new();
         for part in ram_parts(size) {
             let len = usize::try_from(part.len)
                 .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))
                 .context(WHAT)?;
             let file = image.map(|(file, offset)| (file, offset + part.image));
-            let mapping = Mapping::new(len, file).context(WHAT)?;
+            mappings.push(Mapping::new(len, file).context(WHAT)?);
+        }
+        let backing = match image {
+            Some(_) => Backing::Image,
+            None => Backing::Anonymous,
+        };
+        Self::over(mappings, size, backing)
+    }
+
+    fn over(mappings: Vec<Mapping>, size: RamSize, backing: Backing) -> Result<Self> {
+        const WHAT: &str = "cannot map the guest's memory";
+        let mut regions = Vec::new();
+        for (part, mapping) in ram_parts(size).into_iter().zip(&mappings) {
             let region = GuestRegionMmap::with_arc(mapping.region().context(WHAT)?, part.guest)
                 .ok_or_else(|| Error::new(ErrorKind::Config, WHAT))?;
             regions.push(region);
-            mappings.push(mapping);
         }
         let ram = GuestRam::from_regions(regions)
             .map_err(|e| Error::because(ErrorKind::System, WHAT, e))?;
@@ -294,12 +310,19 @@ impl Memory {
             ram: Arc::new(ram),
             mappings,
             size,
-            backing: if image.is_some() {
-                Backing::Image
-            } else {
-                Backing::Anonymous
-            },
+            backing,
         })
+    }
+
+    /// The same RAM as another machine's, for a process that was forked from that machine's: there
+    /// the other machine is gone, and its pages are this process's own copies. The other `Memory`
+    /// must stay alive, forgotten, because the mappings are its.
+    pub(crate) fn inherited(other: &Self) -> Result<Self> {
+        let mappings = other.mappings.iter().map(|mapping| Mapping {
+            region: mapping.region.clone(),
+            ours: false,
+        });
+        Self::over(mappings.collect(), other.size, other.backing)
     }
 
     /// The RAM as devices see it.

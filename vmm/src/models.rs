@@ -4,10 +4,12 @@ use std::sync::{Arc, Mutex};
 
 use offshoot_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonState};
 use offshoot_devices::virtio::blk::{Blk, BlkConfig, BlkState};
+use offshoot_devices::virtio::net::{Net, NetConfig, NetState};
 use offshoot_devices::virtio::rng::{BytesPerSecond, DEFAULT_RATE, Rng, RngState};
 use offshoot_devices::virtio::vsock::{GuestCid, Vsock, VsockState};
 use offshoot_devices::virtio::{SetupError, VirtioDevice};
 use offshoot_snapshot_format::{self as format, Payload, Section, Sections};
+use serde::{Deserialize, Serialize};
 
 use crate::bindings::Bindings;
 use crate::device_loop::Subscriber;
@@ -16,7 +18,7 @@ use crate::memory::{Memory, RamReclaim};
 use crate::sync::lock;
 
 /// A device as it is configured. It is the same in every copy of a machine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ModelConfig {
     /// A drive. Its volume comes with the bindings.
@@ -27,6 +29,8 @@ pub enum ModelConfig {
     Balloon(BalloonConfig),
     /// A vsock: streams between guest and host. The host's socket comes with the bindings.
     Vsock(GuestCid),
+    /// A network card. What it is connected to comes with the bindings.
+    Net(NetConfig),
 }
 
 impl ModelConfig {
@@ -35,7 +39,7 @@ impl ModelConfig {
 }
 
 /// How a drive looks to the guest.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct DriveConfig {
     /// What the guest reads as its serial number: at most 20 bytes; its id when there is none.
     pub serial: Option<String>,
@@ -55,6 +59,8 @@ pub enum ModelState {
     Balloon(BalloonState),
     /// A vsock.
     Vsock(VsockState),
+    /// A network card.
+    Net(NetState),
 }
 
 /// What a device needs from the bindings.
@@ -63,6 +69,8 @@ pub(crate) enum Demand {
     Nothing,
     /// A socket on the host.
     Vsock,
+    /// A peer.
+    Net,
     /// A volume: of this size in bytes when the guest knows one already.
     Drive {
         size: Option<u64>,
@@ -77,6 +85,7 @@ pub(crate) enum Model {
     Entropy(Arc<Mutex<Rng>>),
     Balloon(Arc<Mutex<Balloon>>),
     Vsock(Arc<Mutex<Vsock>>),
+    Net(Arc<Mutex<Net>>),
 }
 
 impl ModelConfig {
@@ -88,6 +97,7 @@ impl ModelConfig {
             },
             Self::Entropy(_) | Self::Balloon(_) => Demand::Nothing,
             Self::Vsock(_) => Demand::Vsock,
+            Self::Net(_) => Demand::Net,
         }
     }
 }
@@ -97,9 +107,10 @@ const BLK: &str = "virtio-blk";
 const RNG: &str = "virtio-rng";
 const BALLOON: &str = "virtio-balloon";
 const VSOCK: &str = "virtio-vsock";
+const NET: &str = "virtio-net";
 
 /// Every model that there is, as a snapshot's requirements list them.
-pub(crate) const MODEL_NAMES: &[&str] = &[BLK, RNG, BALLOON, VSOCK];
+pub(crate) const MODEL_NAMES: &[&str] = &[BLK, RNG, BALLOON, VSOCK, NET];
 
 impl ModelState {
     pub(crate) fn demand(&self) -> Demand {
@@ -110,6 +121,7 @@ impl ModelState {
             },
             Self::Entropy(_) | Self::Balloon(_) => Demand::Nothing,
             Self::Vsock(_) => Demand::Vsock,
+            Self::Net(_) => Demand::Net,
         }
     }
 
@@ -121,6 +133,7 @@ impl ModelState {
             Self::Entropy(_) => RNG,
             Self::Balloon(_) => BALLOON,
             Self::Vsock(_) => VSOCK,
+            Self::Net(_) => NET,
         }
     }
 
@@ -131,6 +144,7 @@ impl ModelState {
             Self::Entropy(state) => Section::required(instance, state),
             Self::Balloon(state) => Section::required(instance, state),
             Self::Vsock(state) => Section::required(instance, state),
+            Self::Net(state) => Section::required(instance, state),
         }
     }
 
@@ -148,6 +162,7 @@ impl ModelState {
             .or_else(|| one(sections, instance, Self::Entropy))
             .or_else(|| one(sections, instance, Self::Balloon))
             .or_else(|| one(sections, instance, Self::Vsock))
+            .or_else(|| one(sections, instance, Self::Net))
             .ok_or_else(|| {
                 let what = format!("device {instance} of the snapshot is of no known model");
                 Error::new(ErrorKind::BadState, what)
@@ -189,7 +204,7 @@ impl Model {
     pub(crate) fn new(
         id: &str,
         config: &ModelConfig,
-        bindings: &Bindings,
+        bindings: &mut Bindings,
         memory: &Memory,
     ) -> Result<Self> {
         match config {
@@ -220,6 +235,16 @@ impl Model {
                     .map(|vsock| Self::Vsock(shared(vsock)))
                     .map_err(|e| set_up(id, e))
             }
+            ModelConfig::Net(config) => {
+                let host = bindings.nets.remove(id).ok_or_else(|| unbound(id))?;
+                let mut config = *config;
+                config.mac = host.mac.unwrap_or(config.mac);
+                host.peer
+                    .open()
+                    .and_then(|peer| Net::new(config, peer))
+                    .map(|net| Self::Net(shared(net)))
+                    .map_err(|e| set_up(id, e))
+            }
             ModelConfig::Balloon(config) => Balloon::new(*config, RamReclaim::boxed(memory))
                 .map(|balloon| Self::Balloon(shared(balloon)))
                 .map_err(|e| device_error(id, e)),
@@ -230,7 +255,7 @@ impl Model {
     pub(crate) fn restore(
         id: &str,
         state: &ModelState,
-        bindings: &Bindings,
+        bindings: &mut Bindings,
         memory: &Memory,
     ) -> Result<Self> {
         match state {
@@ -249,6 +274,14 @@ impl Model {
                     .map(|vsock| Self::Vsock(shared(vsock)))
                     .map_err(|e| set_up(id, e))
             }
+            ModelState::Net(state) => {
+                let host = bindings.nets.remove(id).ok_or_else(|| unbound(id))?;
+                host.peer
+                    .open()
+                    .and_then(|peer| Net::restore(state, host.mac, peer))
+                    .map(|net| Self::Net(shared(net)))
+                    .map_err(|e| set_up(id, e))
+            }
             ModelState::Balloon(state) => Balloon::restore(state, RamReclaim::boxed(memory))
                 .map(|balloon| Self::Balloon(shared(balloon)))
                 .map_err(|e| device_error(id, e)),
@@ -262,6 +295,7 @@ impl Model {
             Self::Entropy(rng) => ModelState::Entropy(lock(rng).save()),
             Self::Balloon(balloon) => ModelState::Balloon(lock(balloon).save()),
             Self::Vsock(vsock) => ModelState::Vsock(lock(vsock).save()),
+            Self::Net(net) => ModelState::Net(lock(net).save()),
         }
     }
 
@@ -271,6 +305,7 @@ impl Model {
             Self::Entropy(rng) => Arc::clone(rng) as _,
             Self::Balloon(balloon) => Arc::clone(balloon) as _,
             Self::Vsock(vsock) => Arc::clone(vsock) as _,
+            Self::Net(net) => Arc::clone(net) as _,
         }
     }
 
@@ -280,6 +315,7 @@ impl Model {
             Self::Entropy(rng) => Arc::clone(rng) as _,
             Self::Balloon(balloon) => Arc::clone(balloon) as _,
             Self::Vsock(vsock) => Arc::clone(vsock) as _,
+            Self::Net(net) => Arc::clone(net) as _,
         }
     }
 }

@@ -79,29 +79,20 @@ impl Paused<'_> {
     /// Whatever fails, there is then no snapshot and no new layer, and the machine can go on.
     pub fn save(&self, store: &Path, options: SaveOptions) -> Result<Saved> {
         let state = self.capture()?;
-        let created = Timestamp::now();
-        let mut writer = SnapshotWriter::create(store, options.id).map_err(failed)?;
-        let frozen = self.freeze(options.id)?;
-        let image = writer.memory_image(layout(state.ram()?)?).map_err(failed)?;
-        let memory = write_memory(self.memory(), image)?;
-        frozen.sync()?;
-        let content = SnapshotContent {
-            created,
-            requirements: requirements::of(&state),
-            disks: frozen.disks(&state)?,
-            metadata: options.metadata,
-            sections: sections(&state)?,
+        let writer = SnapshotWriter::create(store, options.id).map_err(failed)?;
+        let frozen = self.freeze(&options.id.to_string())?;
+        let unpublished = Unpublished {
+            writer,
+            state,
+            frozen,
+            created: Timestamp::now(),
+            options,
         };
-        let path = writer.publish(memory, content).map_err(failed)?;
-        Ok(Saved {
-            path,
-            id: options.id,
-            layers: frozen.keep(),
-        })
+        unpublished.publish(self.memory(), &|_| ())
     }
 
-    /// Freezes every drive.
-    fn freeze(&self, id: SnapshotId) -> Result<Frozen> {
+    /// Freezes every drive, to a layer named after `name` and the drive.
+    pub(crate) fn freeze(&self, name: &str) -> Result<Frozen> {
         let mut frozen = Frozen::default();
         for (drive, binding) in &self.core.bindings.drives {
             let source = binding.source.clone().ok_or_else(|| {
@@ -113,7 +104,7 @@ impl Paused<'_> {
             let layer = match &source.layer {
                 Some(layer) => layer.clone(),
                 None => {
-                    let layer = LayerName::new(format!("{id}-{drive}")).map_err(|e| {
+                    let layer = LayerName::new(format!("{name}-{drive}")).map_err(|e| {
                         let what = format!("drive {drive} cannot be frozen under its name");
                         Error::because(ErrorKind::Config, what, e)
                     })?;
@@ -135,21 +126,85 @@ impl Paused<'_> {
     }
 }
 
+/// A machine that was captured, with its drives frozen, and of which the memory is to be written.
+/// Dropped without having been published, it takes the layers and the half-made directory away.
+#[derive(Debug)]
+pub(crate) struct Unpublished {
+    pub(crate) writer: SnapshotWriter,
+    pub(crate) state: MachineState,
+    pub(crate) frozen: Frozen,
+    pub(crate) created: Timestamp,
+    pub(crate) options: SaveOptions,
+}
+
+impl Unpublished {
+    /// Starts a snapshot in the directory `store`.
+    pub(crate) fn begin(
+        store: &Path,
+        options: SaveOptions,
+        state: MachineState,
+        frozen: Frozen,
+        created: Timestamp,
+    ) -> Result<Self> {
+        Ok(Self {
+            writer: SnapshotWriter::create(store, options.id).map_err(failed)?,
+            state,
+            frozen,
+            created,
+            options,
+        })
+    }
+
+    /// Writes `memory`, which does not change meanwhile, makes the layers durable and publishes.
+    /// `progress` is told of the bytes that are done, by several threads.
+    pub(crate) fn publish(
+        mut self,
+        memory: &Memory,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<Saved> {
+        let layout = layout(self.state.ram()?)?;
+        let image = self.writer.memory_image(layout).map_err(failed)?;
+        let memory = write_memory(memory, image, progress)?;
+        self.frozen.sync()?;
+        let content = SnapshotContent {
+            created: self.created,
+            requirements: requirements::of(&self.state),
+            disks: self.frozen.disks(&self.state)?,
+            metadata: self.options.metadata,
+            sections: sections(&self.state)?,
+        };
+        let path = self.writer.publish(memory, content).map_err(failed)?;
+        Ok(Saved {
+            path,
+            id: self.options.id,
+            layers: self.frozen.keep(),
+        })
+    }
+}
+
 /// Drives that were frozen; unless they are kept, their new layers are deleted again.
 #[derive(Debug, Default)]
-struct Frozen {
-    drives: Vec<FrozenDrive>,
+pub(crate) struct Frozen {
+    pub(crate) drives: Vec<FrozenDrive>,
     kept: bool,
 }
 
 #[derive(Debug)]
-struct FrozenDrive {
-    id: String,
-    source: DriveSource,
-    layer: LayerName,
+pub(crate) struct FrozenDrive {
+    pub(crate) id: String,
+    pub(crate) source: DriveSource,
+    pub(crate) layer: LayerName,
 }
 
 impl Frozen {
+    /// Drives that another process froze, with their layers opened here.
+    pub(crate) fn adopt(drives: Vec<FrozenDrive>) -> Self {
+        Self {
+            drives,
+            kept: false,
+        }
+    }
+
     fn sync(&self) -> Result<()> {
         for drive in &self.drives {
             drive.source.backend.sync_layer(&drive.layer).map_err(|e| {
@@ -183,7 +238,7 @@ impl Frozen {
             .collect()
     }
 
-    fn keep(mut self) -> Vec<(String, LayerName)> {
+    pub(crate) fn keep(mut self) -> Vec<(String, LayerName)> {
         self.kept = true;
         let drives = std::mem::take(&mut self.drives);
         drives.into_iter().map(|d| (d.id, d.layer)).collect()
@@ -207,7 +262,7 @@ impl Drop for Frozen {
     }
 }
 
-fn storage(context: String, error: offshoot_storage::Error) -> Error {
+pub(crate) fn storage(context: String, error: offshoot_storage::Error) -> Error {
     let kind = match error.kind() {
         offshoot_storage::ErrorKind::StorageFull => ErrorKind::StorageFull,
         _ => ErrorKind::Storage,
@@ -256,7 +311,11 @@ pub(crate) fn sections(state: &MachineState) -> Result<Vec<Section>> {
 }
 
 /// Streams all of a memory that nobody changes meanwhile.
-fn write_memory(memory: &Memory, image: MemoryWriter) -> Result<WrittenMemory> {
+fn write_memory(
+    memory: &Memory,
+    image: MemoryWriter,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<WrittenMemory> {
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let failure = std::sync::Mutex::new(None);
@@ -280,6 +339,7 @@ fn write_memory(memory: &Memory, image: MemoryWriter) -> Result<WrittenMemory> {
                     "a chunk is larger than chunks are",
                 )),
             };
+            progress(chunk.length);
             if let Err(error) = written {
                 stop.store(true, Ordering::Relaxed);
                 lock(&failure).get_or_insert(error);

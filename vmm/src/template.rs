@@ -134,6 +134,16 @@ impl Template {
         Machine::build_checked(&self.host, &self.state, memory, bindings)
     }
 
+    /// The machine's state, its memory mapped once, and where it came from: for a process that is
+    /// forked into copies.
+    pub(crate) fn into_mapped(self) -> Result<(MachineState, Memory, Origin)> {
+        let memory = Memory::from_image(self.ram, &self.image, 0)?;
+        let origin = self
+            .origin
+            .ok_or_else(|| bad("the template is of no snapshot"))?;
+        Ok((self.state, memory, origin))
+    }
+
     /// The saved state.
     #[must_use]
     pub fn state(&self) -> &MachineState {
@@ -181,7 +191,7 @@ fn layout_like(
 }
 
 /// Takes the machine's sections apart; nothing may be left over.
-fn decode(mut sections: Sections<'_>) -> Result<MachineState> {
+pub(crate) fn decode(mut sections: Sections<'_>) -> Result<MachineState> {
     let platform: PlatformState = sections.take(0).map_err(unreadable)?;
     let chips = sections.take(0).map_err(unreadable)?;
     let serial = platform

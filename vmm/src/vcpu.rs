@@ -356,7 +356,7 @@ impl Runner {
         }
         Step::Ended(ExitReason::KvmError(Box::new(KvmError {
             vcpu: self.id,
-            what,
+            what: what.into(),
             code,
             registers,
         })))

@@ -1,106 +1,15 @@
 //! The pilot under this machine: every device in use, snapshots of it, and copies.
 
-use std::borrow::Cow;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+mod support;
 
-use offshoot_devices::virtio::balloon::BalloonConfig;
-use offshoot_devices::virtio::vsock::GuestCid;
-use offshoot_pilot::protocol::{BlkOp, Outcome, Request, State};
-use offshoot_pilot::{PILOT_ELF, PilotClient};
-use offshoot_snapshot_format::{RawSnapshot, Verify};
-use offshoot_storage::{LayerName, StorageBackend, VolumeName, copy};
-use offshoot_vmm::boot::{BootSource, Image};
-use offshoot_vmm::{
-    Bindings, DriveBinding, Host, Machine, MachineConfig, ModelConfig, RamSize, Running,
-    SaveOptions, Template, VsockHost,
-};
 use std::os::unix::net::UnixStream;
 
-const DISK: u64 = 4 << 20;
+use offshoot_pilot::PilotClient;
+use offshoot_pilot::protocol::{BlkOp, Outcome, Request, State};
+use offshoot_snapshot_format::{RawSnapshot, Verify};
+use offshoot_vmm::{Machine, SaveOptions, Template};
 
-fn host() -> Option<Arc<Host>> {
-    match Host::open() {
-        Ok(host) => Some(host),
-        Err(error) => {
-            eprintln!("skipped: {error}");
-            None
-        }
-    }
-}
-
-/// Keeps what the guest says on its serial line.
-#[derive(Debug, Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Console {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Console {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-}
-
-struct Place {
-    dir: tempfile::TempDir,
-    backend: Arc<dyn StorageBackend>,
-}
-
-impl Place {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let backend = copy::open(&dir.path().join("disks")).unwrap();
-        Self { dir, backend }
-    }
-
-    fn socket(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn drive(&self, name: &str, layer: Option<&str>) -> DriveBinding {
-        let name = VolumeName::new(name).unwrap();
-        let volume = match layer {
-            Some(layer) => {
-                let layer = LayerName::new(layer).unwrap();
-                self.backend.fork(&layer, &name).unwrap()
-            }
-            None => self.backend.create(&name, DISK).unwrap(),
-        };
-        DriveBinding::volume(self.backend.clone(), volume)
-    }
-}
-
-fn config(mib: u64, vcpus: u8) -> MachineConfig {
-    let kernel = Image::Bytes(Cow::Borrowed(PILOT_ELF));
-    let mut config = MachineConfig::new(RamSize::from_mib(mib).unwrap(), BootSource::new(kernel))
-        .with_device("disk", ModelConfig::Drive(Default::default()))
-        .with_device("vsock", ModelConfig::Vsock(GuestCid::new(3).unwrap()))
-        .with_device("entropy", ModelConfig::ENTROPY)
-        .with_device("balloon", ModelConfig::Balloon(BalloonConfig::default()));
-    config.vcpus = vcpus;
-    config
-}
-
-fn client(running: &Running, socket: &Path, console: &Console) -> PilotClient<UnixStream> {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    PilotClient::connect(socket, deadline).unwrap_or_else(|error| {
-        panic!(
-            "{error:?}; the guest {:?} and said {:?}",
-            running.wait(Duration::ZERO),
-            console.text()
-        )
-    })
-}
+use support::{Console, Place, client, config, host};
 
 fn blk(op: BlkOp, seed: u64) -> Request {
     Request::Blk {
@@ -141,9 +50,8 @@ fn story(vcpus: u8) {
     let place = Place::new();
     let console = Console::default();
     let socket = place.socket("source");
-    let bindings = Bindings::default()
-        .with_drive("disk", place.drive("disk", None))
-        .with_vsock("vsock", VsockHost::at(&socket))
+    let bindings = place
+        .bindings("source", place.drive("disk", None))
         .with_serial(console.clone());
     let config = config(64, vcpus);
     let mut running = Machine::boot(&host, &config, bindings)
@@ -154,7 +62,7 @@ fn story(vcpus: u8) {
     good(&mut pilot, &blk(BlkOp::Write, 1));
     good(&mut pilot, &fill(1));
     let before: State = pilot.state().unwrap();
-    assert_eq!(before.devices.as_slice().len(), 4);
+    assert_eq!(before.devices.as_slice().len(), 5);
 
     let snapshots = place.dir.path().join("snapshots");
     std::fs::create_dir(&snapshots).unwrap();
@@ -176,9 +84,9 @@ fn story(vcpus: u8) {
     let mut copies = Vec::new();
     for number in 0..3_u64 {
         let socket = place.socket(&format!("copy{number}"));
-        let bindings = Bindings::default()
-            .with_drive("disk", place.drive(&format!("copy{number}"), Some(&layer)))
-            .with_vsock("vsock", VsockHost::at(&socket))
+        let name = format!("copy{number}");
+        let bindings = place
+            .bindings(&name, place.drive(&name, Some(&layer)))
             .with_serial(console.clone());
         let running = template.fork(bindings).unwrap().start().unwrap();
         let mut pilot = client(&running, &socket, &console);

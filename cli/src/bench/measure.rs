@@ -1,5 +1,6 @@
 //! Samples of one metric, and the line that reports them.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -19,6 +20,30 @@ pub(crate) struct Line {
     pub(crate) ram_mib: Option<u64>,
     #[serde(flatten)]
     pub(crate) figures: Figures,
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = format!("{} {}", self.bench, self.metric);
+        let backend = self.backend.as_deref().unwrap_or("");
+        write!(f, "{name:24} {backend:8}")?;
+        match &self.figures {
+            Figures::Times(times) => {
+                write!(f, " n {:5}", times.n)?;
+                let figures = [
+                    ("p50", times.p50_us),
+                    ("p95", times.p95_us),
+                    ("p99", times.p99_us),
+                    ("min", times.min_us),
+                    ("max", times.max_us),
+                ];
+                figures
+                    .into_iter()
+                    .try_for_each(|(name, us)| write!(f, "  {name} {:9.3} ms", us / 1e3))
+            }
+            Figures::Value { n, value, unit } => write!(f, " n {n:5}  {value:.0} {unit}"),
+        }
+    }
 }
 
 /// The figures themselves.
@@ -52,8 +77,10 @@ pub(crate) struct Times {
 impl Times {
     /// The distribution of `samples`; percentiles by the nearest-rank method. `None` without samples.
     pub(crate) fn of(samples: &[Duration]) -> Option<Self> {
-        let mut sorted: Vec<f64> =
-            samples.iter().map(|sample| sample.as_secs_f64() * 1e6).collect();
+        let mut sorted: Vec<f64> = samples
+            .iter()
+            .map(|sample| sample.as_secs_f64() * 1e6)
+            .collect();
         sorted.sort_by(f64::total_cmp);
         let rank = |percent: usize| {
             let rank = (sorted.len() * percent).div_ceil(100).max(1);

@@ -13,10 +13,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{DeviceError, Interrupt};
 use crate::GuestRam;
+use crate::event::event;
 
 /// The most descriptors of one chain that the small devices look at. A driver may make a chain of
 /// 65535 through an indirect table; none of these devices has a use for so many.
@@ -135,9 +136,7 @@ pub(crate) fn add_used_together(
 
 /// An eventfd for each queue.
 pub(crate) fn queue_events(count: usize) -> io::Result<Vec<Arc<EventFd>>> {
-    (0..count)
-        .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
-        .collect()
+    (0..count).map(|_| event().map(Arc::new)).collect()
 }
 
 /// Takes what was notified; an eventfd that was not is not waited for.

@@ -1,5 +1,6 @@
 //! A backend that fails.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::{Faults, Operation};
@@ -116,5 +117,13 @@ impl StorageBackend for FaultyBackend {
 
     fn check(&self, volume: &VolumeName) -> Result<(), Error> {
         self.inner.check(volume)
+    }
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.inner.descriptors()
+    }
+
+    fn forget_open(&self) {
+        self.inner.forget_open();
     }
 }

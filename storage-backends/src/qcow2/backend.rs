@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -528,6 +528,18 @@ impl StorageBackend for Qcow2Backend {
 
     fn check(&self, volume: &VolumeName) -> Result<(), Error> {
         self.check_volume(volume)
+    }
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.store.descriptors()
+    }
+
+    fn forget_open(&self) {
+        self.layers.forget();
+        self.volumes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
     }
 }
 

@@ -162,6 +162,14 @@ pub(super) struct OpenLayers {
 }
 
 impl OpenLayers {
+    /// Forgets what is open, for a forked child.
+    pub(super) fn forget(&self) {
+        self.open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
     /// Opens a layer and all beneath it, at most `limit` files.
     pub(super) fn get(
         &self,

@@ -377,6 +377,14 @@ impl<D: Duplicate> StorageBackend for RawStore<D> {
         self.size_of(OPERATION, Room::Volumes, volume.as_str(), &file)?;
         Ok(())
     }
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.dir.descriptors()
+    }
+
+    fn forget_open(&self) {
+        self.writers().clear();
+    }
 }
 
 /// Whether a hole can be made in `scratch`.

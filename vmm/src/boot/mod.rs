@@ -22,12 +22,14 @@ use linux_loader::loader::{KernelLoader, KernelLoaderResult, bzimage::BzImage, e
 use offshoot_devices::GuestRam;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use serde::{Deserialize, Serialize};
+
 use crate::acpi;
 pub use image::Image;
 use image::KernelFormat;
 
 /// How the guest's kernel is entered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Protocol {
     /// PVH when the kernel offers it, the Linux protocol otherwise.
     #[default]
@@ -39,7 +41,7 @@ pub enum Protocol {
 }
 
 /// How the guest learns of its virtio-mmio devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Discovery {
     /// By ACPI tables: what distribution kernels need.
     #[default]

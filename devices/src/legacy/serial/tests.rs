@@ -127,7 +127,7 @@ fn a_blocked_writer_blocks_nobody() {
     }
     assert_eq!(serial.lost_output(), 100);
     serial.quiesce();
-    serial.save();
+    let _ = serial.save();
     serial.resume().unwrap();
     drop(serial);
     assert!(begin.elapsed() < Duration::from_secs(5));
@@ -146,7 +146,7 @@ fn input_arrives_at_the_guests_pace() {
     let line = line();
     let mut serial = Serial::new(Arc::clone(&line), Box::new(io::sink()));
     serial.write(IER, &[1]);
-    let text: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
+    let text: Vec<u8> = (0..1000).map(|i: u32| (i % 251).to_le_bytes()[0]).collect();
     assert_eq!(serial.enqueue(&text), 1000);
     assert_eq!(raised(&line), 1);
     assert_eq!(get(&mut serial, IIR) & 0xf, 4, "received data available");

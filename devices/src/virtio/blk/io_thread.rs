@@ -63,15 +63,13 @@ impl IoThread {
     pub(super) fn quiesce(&self) -> Result<Vec<QueueState>, DeviceError> {
         match self.mailbox.ask(Command::Quiesce).map_err(host)? {
             Reply::Quiesced(states) => Ok(states),
-            Reply::Resumed | Reply::Gone => Err(gone()),
+            Reply::Gone => Err(gone()),
         }
     }
 
+    /// Has the thread go on; that takes effect a moment later, as a notification would.
     pub(super) fn resume(&self) -> Result<(), DeviceError> {
-        match self.mailbox.ask(Command::Resume).map_err(host)? {
-            Reply::Resumed => Ok(()),
-            Reply::Quiesced(_) | Reply::Gone => Err(gone()),
-        }
+        self.mailbox.tell(Command::Resume).map_err(host)
     }
 }
 

@@ -1,10 +1,11 @@
 //! How the device speaks to its I/O thread, such that the process may be forked.
 //!
-//! Both directions are a locked cell and an eventfd, and the eventfd is written after the lock was
-//! let go: when a reply has been heard, the I/O thread holds no lock and takes none until it gets
+//! Commands are a locked queue and an eventfd that counts them, replies a locked cell and an eventfd,
+//! and the eventfd is written after the lock was let go: when a reply has been heard, the I/O thread holds no lock and takes none until it gets
 //! the next command, for it goes straight back to waiting in the kernel. (A channel would not do:
 //! its sender may still hold the channel's lock when the receiver goes on.)
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -24,18 +25,17 @@ pub(super) enum Command {
     Stop,
 }
 
-/// What it answers to [`Command::Quiesce`] and [`Command::Resume`].
+/// What it answers to [`Command::Quiesce`]; nobody waits for an answer to the others.
 #[derive(Debug)]
 pub(super) enum Reply {
     Quiesced(Vec<QueueState>),
-    Resumed,
     /// The thread has ended. It says so whenever it ends.
     Gone,
 }
 
 #[derive(Debug)]
 pub(super) struct Mailbox {
-    command: Mutex<Option<Command>>,
+    commands: Mutex<VecDeque<Command>>,
     command_event: EventFd,
     reply: Mutex<Option<Reply>>,
     reply_event: EventFd,
@@ -59,8 +59,9 @@ fn wait(event: &EventFd) -> io::Result<()> {
 impl Mailbox {
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
-            command: Mutex::default(),
-            command_event: EventFd::new(libc::EFD_CLOEXEC)?,
+            // At most a resume and the quiesce or stop after it wait at a time.
+            commands: Mutex::new(VecDeque::with_capacity(4)),
+            command_event: EventFd::new(libc::EFD_CLOEXEC | libc::EFD_SEMAPHORE)?,
             reply: Mutex::default(),
             reply_event: EventFd::new(libc::EFD_CLOEXEC)?,
         })
@@ -68,7 +69,7 @@ impl Mailbox {
 
     /// Tells the thread something, without waiting.
     pub(super) fn tell(&self, command: Command) -> io::Result<()> {
-        *lock(&self.command) = Some(command);
+        lock(&self.commands).push_back(command);
         self.command_event.write(1)
     }
 
@@ -92,7 +93,7 @@ impl Mailbox {
     /// Waits for a command; the I/O thread's side.
     pub(super) fn next_command(&self) -> io::Result<Command> {
         wait(&self.command_event)?;
-        Ok(lock(&self.command).take().unwrap_or(Command::Stop))
+        Ok(lock(&self.commands).pop_front().unwrap_or(Command::Stop))
     }
 
     /// Answers; the I/O thread's side.

@@ -37,7 +37,7 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use offshoot_storage::Volume;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{QueueState, QueueT};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 pub use config::{BlkConfig, BlkHost, BlkLimits, feature};
 pub use engine::{EngineChoice, EngineKind};
@@ -52,6 +52,7 @@ use self::io_thread::{IoThread, Parts};
 use self::request::Rules;
 use super::{Activation, DeviceError, VirtioDevice};
 use crate::Error;
+use crate::event::event;
 
 /// The most requests in flight, over all queues.
 const MAX_IN_FLIGHT: usize = 1024;
@@ -147,7 +148,7 @@ impl Blk {
         }
         let prepared = prepare(host.engine, &host.volume, slots(&state))?;
         let queue_events = (0..state.queues)
-            .map(|_| EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new))
+            .map(|_| event().map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(|source| BlkError::Host {
                 context: "cannot make a drive's queue events",

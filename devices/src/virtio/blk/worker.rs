@@ -170,7 +170,7 @@ impl Worker {
                 Command::Resume => {
                     self.mode = Mode::Running;
                     self.look_everywhere();
-                    return self.mailbox.answer(Reply::Resumed);
+                    return Ok(());
                 }
                 Command::Stop => {
                     self.mode = Mode::Stopping;
@@ -205,10 +205,7 @@ impl Worker {
                 COMMAND => match self.mailbox.next_command()? {
                     Command::Quiesce => self.mode = Mode::Quiescing,
                     Command::Stop => self.mode = Mode::Stopping,
-                    Command::Resume => {
-                        self.look_everywhere();
-                        self.mailbox.answer(Reply::Resumed)?;
-                    }
+                    Command::Resume => self.look_everywhere(),
                 },
                 index => {
                     let index = usize::try_from(index).unwrap_or(usize::MAX);

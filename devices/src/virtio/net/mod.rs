@@ -37,6 +37,7 @@ mod tap;
 mod tap_ioctl;
 #[cfg(test)]
 mod tests;
+mod unplugged;
 
 pub use backend::{NetBackend, OFFLOADS, Sent};
 pub use device::Net;
@@ -44,3 +45,4 @@ pub use header::{HEADER_LEN, MAX_FRAME, MAX_PACKET};
 pub use state::{Mac, NetConfig, NetState};
 pub use stream::Stream;
 pub use tap::Tap;
+pub use unplugged::Unplugged;

@@ -9,9 +9,10 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{NetBackend, Sent};
+use crate::event::event;
 
 const PEER: u64 = 0;
 const KICK: u64 = 1;
@@ -40,7 +41,7 @@ impl std::fmt::Debug for Peer {
 impl Peer {
     pub(super) fn new(backend: Box<dyn NetBackend>) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let kick = EventFd::new(EFD_NONBLOCK)?;
+        let kick = event()?;
         let fd = backend.fd().as_raw_fd();
         epoll.ctl(ControlOperation::Add, fd, interest(false))?;
         epoll.ctl(

@@ -34,7 +34,7 @@ impl Mac {
 }
 
 /// A network device's own configuration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetConfig {
     /// The guest's Ethernet address.
     pub mac: Mac,

@@ -27,6 +27,7 @@ impl Tap {
     /// When there is no such interface, it is no tap, somebody else has it, or the process may
     /// not open it.
     pub fn open(name: &str) -> Result<Self, SetupError> {
+        raw_name(name)?;
         let socket = rustix::net::socket(
             rustix::net::AddressFamily::INET,
             rustix::net::SocketType::DGRAM,
@@ -55,18 +56,7 @@ impl Tap {
     }
 
     fn attach(name: &str) -> Result<Self, SetupError> {
-        let bytes = name.as_bytes();
-        let mut raw = [0; 16];
-        let place = raw.get_mut(..bytes.len()).filter(|p| {
-            // One byte is the terminating zero; `%` would be a template for the kernel.
-            !p.is_empty() && p.len() < 16 && !bytes.contains(&0) && !bytes.contains(&b'%')
-        });
-        let Some(place) = place else {
-            return Err(SetupError::TapName {
-                name: name.to_owned(),
-            });
-        };
-        place.copy_from_slice(bytes);
+        let raw = raw_name(name)?;
         let fd: OwnedFd = OpenOptions::new()
             .read(true)
             .write(true)
@@ -112,6 +102,23 @@ impl Tap {
             .map_err(SetupError::host("cannot configure the tap interface"))?;
         Ok(Self { fd })
     }
+}
+
+/// The name as the kernel takes it.
+fn raw_name(name: &str) -> Result<[u8; 16], SetupError> {
+    let bytes = name.as_bytes();
+    let mut raw = [0; 16];
+    let place = raw.get_mut(..bytes.len()).filter(|p| {
+        // One byte is the terminating zero; `%` would be a template for the kernel.
+        !p.is_empty() && p.len() < 16 && !bytes.contains(&0) && !bytes.contains(&b'%')
+    });
+    let Some(place) = place else {
+        return Err(SetupError::TapName {
+            name: name.to_owned(),
+        });
+    };
+    place.copy_from_slice(bytes);
+    Ok(raw)
 }
 
 impl NetBackend for Tap {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{BUFFER, Connection, Outgoing, Phase, Reaction};
@@ -29,6 +29,7 @@ use super::packet::{Header, Op, TYPE_STREAM};
 use super::ports::HostPorts;
 use super::slots::{Ports, Role, Slots, Socket, Token};
 use super::state::{GuestCid, VsockBinding};
+use crate::event::event;
 use crate::virtio::SetupError;
 
 /// The host's CID (virtio 1.2, 5.10.4).
@@ -90,7 +91,7 @@ impl Mux {
         let failed = SetupError::host("cannot set up the vsock event sources");
         let epoll = Epoll::new().map_err(&failed)?;
         let timer = TimerFd::new().map_err(|e| failed(e.into()))?;
-        let kick = EventFd::new(EFD_NONBLOCK).map_err(&failed)?;
+        let kick = event().map_err(&failed)?;
         let ports = HostPorts::start_after(last_host_port).map_err(&failed)?;
         let listener = Listener::bind(&binding.path, binding.replace_stale)?;
         for (fd, set, data) in [

@@ -10,7 +10,8 @@ use crate::virtio::SetupError;
 
 /// The CID of a guest: neither one of the reserved ones nor wider than 32 bits (virtio 1.2,
 /// 5.10.4).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
 pub struct GuestCid(u32);
 
 impl GuestCid {
@@ -27,6 +28,20 @@ impl GuestCid {
     #[must_use]
     pub fn get(self) -> u64 {
         u64::from(self.0)
+    }
+}
+
+impl TryFrom<u64> for GuestCid {
+    type Error = SetupError;
+
+    fn try_from(cid: u64) -> Result<Self, SetupError> {
+        Self::new(cid)
+    }
+}
+
+impl From<GuestCid> for u64 {
+    fn from(cid: GuestCid) -> Self {
+        cid.get()
     }
 }
 

@@ -11,10 +11,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use offshoot_storage::Volume;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{Done, Engine};
 use crate::GuestRam;
+use crate::event::event;
 use crate::virtio::blk::request::Op;
 use crate::virtio::blk::spans::{Cursor, Spans};
 
@@ -81,7 +82,7 @@ impl Pool {
                 work: Condvar::new(),
                 idle: Condvar::new(),
                 done: Mutex::default(),
-                done_event: EventFd::new(EFD_NONBLOCK)?,
+                done_event: event()?,
             }),
             staged: Vec::new(),
             threads: Vec::new(),

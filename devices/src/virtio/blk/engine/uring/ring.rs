@@ -49,6 +49,16 @@ impl std::fmt::Debug for Uring {
     }
 }
 
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel takes a closed ring apart later, by a worker of its own, and would hold the
+        // file and its lock until then: whoever opens the volume next would find it in use.
+        if let Err(error) = self.0.submitter().unregister_files() {
+            tracing::debug!(%error, "io_uring lets go of a file later");
+        }
+    }
+}
+
 impl Ring {
     /// Opens a ring for `slots` entries at a time on `file`.
     pub(in super::super::super) fn open(file: &File, slots: usize) -> io::Result<Self> {
