@@ -3,7 +3,6 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use offshoot_protocol::frame::{self, HEADER, Header, MAX_FRAME};
@@ -97,36 +96,8 @@ impl PilotClient<UnixStream> {
 /// # Errors
 /// `NoConnection` when nobody accepts until the deadline.
 pub fn connect_vsock(path: &Path, port: u32, deadline: Instant) -> Result<UnixStream, ClientError> {
-    const PAUSE: Duration = Duration::from_micros(500);
-    loop {
-        match try_connect(path, port, deadline) {
-            Ok(stream) => return Ok(stream),
-            Err(source) if Instant::now() + PAUSE >= deadline => {
-                return Err(ClientError::NoConnection { port, source });
-            }
-            Err(_) => thread::sleep(PAUSE),
-        }
-    }
-}
-
-fn try_connect(path: &Path, port: u32, deadline: Instant) -> io::Result<UnixStream> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    let left = Some(left.max(Duration::from_millis(1)));
-    let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(left)?;
-    stream.set_write_timeout(left)?;
-    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-    // "OK " and a number, byte by byte: what follows is the guest's.
-    let mut line = Vec::new();
-    while line.last() != Some(&b'\n') && line.len() < 32 {
-        let mut byte = [0];
-        stream.read_exact(&mut byte)?;
-        line.extend(byte);
-    }
-    match line.starts_with(b"OK ") {
-        true => Ok(stream),
-        false => Err(io::ErrorKind::ConnectionRefused.into()),
-    }
+    offshoot_protocol::connect_vsock(path, port, deadline)
+        .map_err(|source| ClientError::NoConnection { port, source })
 }
 
 impl<S: Read + Write> PilotClient<S> {

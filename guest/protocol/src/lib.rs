@@ -8,7 +8,9 @@
 //! A connection starts with [`Request::Hello`], which settles the version; everything after it is
 //! one reply to each request, in order, with the request's tag.
 //!
-//! The crate needs neither `std` nor an allocator: the pilot uses it too.
+//! The messages of the agent in a Linux guest are in `agent`, behind the feature of that name.
+//!
+//! Without features the crate needs neither `std` nor an allocator: the pilot uses it too.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -20,9 +22,13 @@
     clippy::arithmetic_side_effects
 )]
 
-#[cfg(test)]
+#[cfg(feature = "agent")]
+extern crate alloc;
+#[cfg(any(test, feature = "std"))]
 extern crate std;
 
+#[cfg(feature = "agent")]
+pub mod agent;
 mod declare;
 pub mod frame;
 pub mod pattern;
@@ -31,11 +37,15 @@ mod request;
 #[cfg(test)]
 mod tests;
 mod value;
+#[cfg(feature = "std")]
+mod vsock;
 mod wire;
 
 pub use reply::{Device, DeviceKind, ErrorCode, Outcome, Refusal, Reply, State};
 pub use request::{Area, BlkOp, Crash, Mode, Request};
 pub use value::{Bytes, Id, Ipv4, List, Mac, Text};
+#[cfg(feature = "std")]
+pub use vsock::{connect_vsock, greet_vsock};
 pub use wire::{Reader, Wire, WireError, WireErrorKind, Writer};
 
 /// The newest version of the messages that this crate speaks.
