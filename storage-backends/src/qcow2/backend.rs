@@ -281,7 +281,7 @@ impl StorageBackend for Qcow2Backend {
         Capabilities {
             shares_blocks: true,
             fork_cost: ForkCost::Constant,
-            reclaims_discard: self.options.engine == EngineKind::Imago,
+            reclaims_discard: true,
             max_chain: Some(self.options.max_chain),
         }
     }
@@ -331,7 +331,7 @@ impl StorageBackend for Qcow2Backend {
         let file = self.lock_volume(name, access, lock, OPERATION)?;
         let top = Arc::new(self.top(self.label(name), file, access, OPERATION)?);
         if access == Access::ReadWrite {
-            super::whole::prepare_for_writing(&top, OPERATION)?;
+            super::whole::prepare_for_writing(&top, self.options.engine, OPERATION)?;
         }
         let engine = engine::open(self.options.engine, &top, OPERATION)?;
         let current = Current { engine, top };
