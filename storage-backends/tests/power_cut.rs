@@ -8,8 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use offshoot_storage::{
-    Access, Durability, Error, LayerName, StorageBackend, Volume, VolumeName, copy, open_backend,
-    reflink,
+    Access, Durability, Error, LayerName, StorageBackend, Volume, VolumeName, copy, reflink,
 };
 use support::{FileSystem, Mounted};
 
@@ -198,7 +197,7 @@ fn reflink_on_xfs() {
 fn qcow2_on_every_file_system() {
     let _alone = support::alone();
     for file_system in [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs] {
-        let open: Open = |path| open_backend("qcow2:imago", path);
+        let open: Open = |path| offshoot_storage::open_backend("qcow2:imago", path);
         is_prompt(file_system, open);
         survives(file_system, open);
     }
@@ -209,7 +208,7 @@ fn qcow2_on_every_file_system() {
 fn qcow2_rs_on_every_file_system() {
     let _alone = support::alone();
     for file_system in [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs] {
-        let open: Open = |path| open_backend("qcow2:qcow2-rs", path);
+        let open: Open = |path| offshoot_storage::open_backend("qcow2:qcow2-rs", path);
         is_prompt(file_system, open);
         survives(file_system, open);
     }

@@ -3,6 +3,8 @@
 //! In a program of its own: a process that is started keeps the locks of all that is open until its
 //! exec, and tests with `qemu-img` start some.
 
+#![cfg(any(feature = "imago", feature = "qcow2-rs"))]
+
 use offshoot_storage::conformance::{self, Options};
 use offshoot_storage::open_backend;
 use offshoot_storage::qcow2::EngineKind;

@@ -138,9 +138,9 @@ pub(super) fn open(
 }
 
 /// The state that an engine keeps for a layer that several images share.
+#[cfg(feature = "imago")]
 #[derive(Debug, Default)]
 pub(super) struct SharedReader {
-    #[cfg(feature = "imago")]
     pub(super) imago: std::sync::Mutex<Option<Arc<imago::Access>>>,
 }
 
