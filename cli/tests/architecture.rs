@@ -154,3 +154,40 @@ fn every_direct_dependency_is_explained() {
         "docs/dependencies.md lacks {unexplained:?} and has rows for {stale:?}, which nothing uses"
     );
 }
+
+/// The `qcow2-rs` crate asks for `log` with every level switched off in release builds, and cargo gives a
+/// feature to the whole program: who embeds Offshoot would lose all logging. So nobody gets it without
+/// asking for it.
+#[test]
+fn default_builds_leave_logging_alone() {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--offline"])
+        .args(["--filter-platform", "x86_64-unknown-linux-gnu"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo runs");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON");
+    let nodes = metadata["resolve"]["nodes"].as_array().unwrap();
+    let name = |node: &serde_json::Value| {
+        let id = &node["id"];
+        let packages = metadata["packages"].as_array().unwrap();
+        let package = packages.iter().find(|package| package["id"] == *id);
+        package.unwrap()["name"].as_str().unwrap().to_owned()
+    };
+    for node in nodes {
+        let name = name(node);
+        assert_ne!(name, "qcow2-rs", "it is in the default build");
+        if name == "log" || name == "tracing" {
+            for feature in node["features"].as_array().unwrap() {
+                let feature = feature.as_str().unwrap();
+                assert!(!feature.contains("max_level"), "{name}: {feature}");
+            }
+        }
+    }
+}

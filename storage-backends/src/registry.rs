@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::fs::Mode;
 
 use crate::durable::NewFile;
-use crate::qcow2::{EngineKind, Qcow2Backend, Qcow2Options};
+use crate::qcow2::{Qcow2Backend, Qcow2Options};
 use crate::{Capabilities, Error, ErrorKind, ForkCost, StorageBackend, copy, dir, reflink};
 
 /// What is known of a backend without a store of it.
@@ -55,7 +55,7 @@ fn probe_qcow2(path: &Path) -> Result<Capabilities, Error> {
     Ok(Capabilities {
         shares_blocks: true,
         fork_cost: ForkCost::Constant,
-        reclaims_discard: options.engine == EngineKind::Imago,
+        reclaims_discard: true,
         max_chain: Some(options.max_chain),
     })
 }

@@ -86,6 +86,7 @@ fn has_qemu_img() -> bool {
 
 #[test]
 fn every_format_goes_into_every_backend_and_out_again() {
+    let _alone = support::alone();
     let dir = tempfile::tempdir().unwrap();
     let raw = dir.path().join("disk.raw");
     make_raw(&raw);
@@ -117,6 +118,7 @@ fn every_format_goes_into_every_backend_and_out_again() {
 
 #[test]
 fn images_that_others_made_are_read() {
+    let _alone = support::alone();
     if !has_qemu_img() {
         return;
     }
@@ -142,6 +144,7 @@ fn images_that_others_made_are_read() {
 
 #[test]
 fn what_is_no_image_is_refused_and_leaves_nothing() {
+    let _alone = support::alone();
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     std::fs::write(path("odd"), [1; 1000]).unwrap();
@@ -173,6 +176,7 @@ fn what_is_no_image_is_refused_and_leaves_nothing() {
 /// that is refused; in a raw image it is content.
 #[test]
 fn a_backing_file_is_not_followed() {
+    let _alone = support::alone();
     if !has_qemu_img() {
         return;
     }
@@ -203,6 +207,7 @@ fn a_backing_file_is_not_followed() {
 
 #[test]
 fn progress_rises_to_the_end_and_can_stop_the_work() {
+    let _alone = support::alone();
     let dir = tempfile::tempdir().unwrap();
     let raw = dir.path().join("disk.raw");
     make_raw(&raw);
@@ -245,6 +250,7 @@ fn progress_rises_to_the_end_and_can_stop_the_work() {
 
 #[test]
 fn an_export_never_overwrites() {
+    let _alone = support::alone();
     let dir = tempfile::tempdir().unwrap();
     let store = open_backend("copy", &dir.path().join("store")).unwrap();
     let vol = store.create(&volume("v"), MIB).unwrap();
@@ -277,6 +283,7 @@ fn an_export_never_overwrites() {
 /// A store and a target that run full in the middle of the work.
 #[test]
 fn no_space_leaves_nothing_behind() {
+    let _alone = support::alone();
     let Some(mounted) = Mounted::new(FileSystem::Ext4, 48) else {
         return;
     };

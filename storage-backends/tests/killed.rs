@@ -137,6 +137,7 @@ fn survives_kills(kind: &str, dir: &Path) {
 }
 
 fn in_memory(kind: &str) {
+    let _alone = support::alone();
     let dir = tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())
         .unwrap();
@@ -148,13 +149,21 @@ fn copy() {
     in_memory("copy");
 }
 
+#[cfg(feature = "imago")]
 #[test]
 fn qcow2() {
     in_memory("qcow2");
 }
 
+#[cfg(feature = "qcow2-rs")]
+#[test]
+fn qcow2_rs() {
+    in_memory("qcow2:qcow2-rs");
+}
+
 #[test]
 fn reflink() {
+    let _alone = support::alone();
     for file_system in [FileSystem::Btrfs, FileSystem::Xfs] {
         if let Some(mounted) = Mounted::new(file_system, 512) {
             survives_kills("reflink", &mounted.path());

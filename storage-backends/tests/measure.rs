@@ -104,3 +104,91 @@ fn reflink() {
         }
     }
 }
+
+/// Both qcow2 engines do the same work on the same file system, one after the other.
+#[test]
+#[ignore = "measures"]
+fn qcow2_engines() {
+    const SIZE: u64 = 256 << 20;
+    for kind in ["qcow2:imago", "qcow2:qcow2-rs"] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = match open_backend(kind, &dir.path().join("store")) {
+            Ok(store) => store,
+            Err(error) => {
+                println!("{kind}: {error}");
+                continue;
+            }
+        };
+        let time = |what: &str, work: &mut dyn FnMut()| {
+            let start = Instant::now();
+            work();
+            println!("{kind}: {what}: {} ms", start.elapsed().as_millis());
+        };
+        let base = store.create(&volume("base"), SIZE).unwrap();
+        let piece = vec![0x5a; 1 << 20];
+        let mut block = vec![0xa5; 4096];
+        time(
+            "256 MiB written in order, 1 MiB each, and flushed",
+            &mut || {
+                for at in (0..SIZE).step_by(piece.len()) {
+                    base.write_vectored_at(&[IoSlice::new(&piece)], at).unwrap();
+                }
+                base.flush().unwrap();
+            },
+        );
+        store
+            .freeze(base.name(), &layer("base"), Durability::Now)
+            .unwrap();
+        let fork = store.fork(&layer("base"), &volume("fork")).unwrap();
+        let scattered = |i: u64| i * 0x9e37_79b9 % (SIZE / 4096) * 4096;
+        time(
+            "4000 first writes of 4 KiB to a fork, all over",
+            &mut || {
+                for i in 0..4000 {
+                    fork.write_vectored_at(&[IoSlice::new(&block)], scattered(i))
+                        .unwrap();
+                }
+            },
+        );
+        time("the flush after that", &mut || fork.flush().unwrap());
+        time("40000 writes of 4 KiB over them", &mut || {
+            for i in 0..40_000 {
+                fork.write_vectored_at(&[IoSlice::new(&block)], scattered(i % 4000))
+                    .unwrap();
+            }
+        });
+        time("40000 reads of 4 KiB through the fork", &mut || {
+            for i in 0..40_000 {
+                let mut bufs = [std::io::IoSliceMut::new(&mut block)];
+                fork.read_vectored_at(&mut bufs, scattered(i)).unwrap();
+            }
+        });
+        let mut forks = Vec::new();
+        for index in 0..50 {
+            let name = volume(&format!("f{index}"));
+            let start = Instant::now();
+            drop(store.fork(&layer("base"), &name).unwrap());
+            forks.push(start.elapsed());
+        }
+        report(&format!("{kind}: fork"), forks);
+        for flushed in [false, true] {
+            let mut freezes = Vec::new();
+            for index in 0..12 {
+                fork.write_vectored_at(&[IoSlice::new(&block)], 0).unwrap();
+                if flushed {
+                    fork.flush().unwrap();
+                }
+                let frozen = layer(&format!("l{flushed}-{index}"));
+                let start = Instant::now();
+                store
+                    .freeze(fork.name(), &frozen, Durability::Deferred)
+                    .unwrap();
+                freezes.push(start.elapsed());
+            }
+            report(
+                &format!("{kind}: freeze, flushed before: {flushed}"),
+                freezes,
+            );
+        }
+    }
+}

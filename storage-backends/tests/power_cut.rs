@@ -166,24 +166,50 @@ fn survives(file_system: FileSystem, open: Open) {
 
 #[test]
 fn copy_on_ext4() {
+    let _alone = support::alone();
     is_prompt(FileSystem::Ext4, copy::open);
     survives(FileSystem::Ext4, copy::open);
 }
 
 #[test]
 fn copy_on_xfs() {
+    let _alone = support::alone();
     is_prompt(FileSystem::Xfs, copy::open);
     survives(FileSystem::Xfs, copy::open);
 }
 
 #[test]
 fn reflink_on_btrfs() {
+    let _alone = support::alone();
     is_prompt(FileSystem::Btrfs, reflink::open);
     survives(FileSystem::Btrfs, reflink::open);
 }
 
 #[test]
 fn reflink_on_xfs() {
+    let _alone = support::alone();
     is_prompt(FileSystem::Xfs, reflink::open);
     survives(FileSystem::Xfs, reflink::open);
+}
+
+#[cfg(feature = "imago")]
+#[test]
+fn qcow2_on_every_file_system() {
+    let _alone = support::alone();
+    for file_system in [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs] {
+        let open: Open = |path| offshoot_storage::open_backend("qcow2:imago", path);
+        is_prompt(file_system, open);
+        survives(file_system, open);
+    }
+}
+
+#[cfg(feature = "qcow2-rs")]
+#[test]
+fn qcow2_rs_on_every_file_system() {
+    let _alone = support::alone();
+    for file_system in [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs] {
+        let open: Open = |path| offshoot_storage::open_backend("qcow2:qcow2-rs", path);
+        is_prompt(file_system, open);
+        survives(file_system, open);
+    }
 }

@@ -16,11 +16,13 @@ fn conforms(file_system: FileSystem) {
 
 #[test]
 fn conforms_on_btrfs() {
+    let _alone = support::alone();
     conforms(FileSystem::Btrfs);
 }
 
 #[test]
 fn conforms_on_xfs() {
+    let _alone = support::alone();
     conforms(FileSystem::Xfs);
 }
 
@@ -28,6 +30,7 @@ fn conforms_on_xfs() {
 /// capabilities measures it.
 #[test]
 fn copy_shares_nothing_where_it_could() {
+    let _alone = support::alone();
     for file_system in [FileSystem::Btrfs, FileSystem::Xfs] {
         let Some(mounted) = Mounted::new(file_system, 1024) else {
             return;
@@ -48,6 +51,7 @@ fn refusal(dir: &std::path::Path) -> String {
 
 #[test]
 fn is_refused_by_name_where_files_cannot_be_cloned() {
+    let _alone = support::alone();
     if let Ok(dir) = tempfile::tempdir_in("/dev/shm") {
         let text = refusal(dir.path());
         assert!(text.contains("tmpfs") && text.contains("qcow2"), "{text}");

@@ -10,10 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::engine::{self, EngineKind};
 use super::format::{NewImage, write_new};
+use super::header::Header;
 use super::layer::{
     ChainError, MAX_CHAIN_LIMIT, OpenLayers, Top, backing_layer, backing_name, checked_header,
     is_unfinished, twin,
 };
+use super::tables::ReadAt;
 use super::volume::{Current, Qcow2Volume};
 use crate::dir::{Room, StoreDir};
 use crate::durable::{self, NewFile};
@@ -189,12 +191,23 @@ impl Qcow2Backend {
         backing: Option<Arc<super::layer::Layer>>,
         operation: &'static str,
     ) -> Result<Current, Error> {
-        let fail = |e: io::Error| Error::io(operation, &label, e);
-        let header = write_new(new.file(), image).map_err(fail)?;
-        let file = Arc::new(new.file().try_clone().map_err(fail)?);
+        let header = write_new(new.file(), image).map_err(|e| Error::io(operation, &label, e))?;
+        self.open_new(label, new, header, backing, operation)
+    }
+
+    /// Opens the image that was written into a new file.
+    pub(super) fn open_new(
+        &self,
+        label: String,
+        new: &NewFile<'_>,
+        header: Header,
+        backing: Option<Arc<super::layer::Layer>>,
+        operation: &'static str,
+    ) -> Result<Current, Error> {
+        let file = new.file().try_clone();
         let top = Arc::new(Top {
-            label: label.clone(),
-            file,
+            file: Arc::new(file.map_err(|e| Error::io(operation, &label, e))?),
+            label,
             header,
             backing,
             writable: true,
@@ -281,7 +294,7 @@ impl StorageBackend for Qcow2Backend {
         Capabilities {
             shares_blocks: true,
             fork_cost: ForkCost::Constant,
-            reclaims_discard: self.options.engine == EngineKind::Imago,
+            reclaims_discard: true,
             max_chain: Some(self.options.max_chain),
         }
     }
@@ -331,7 +344,7 @@ impl StorageBackend for Qcow2Backend {
         let file = self.lock_volume(name, access, lock, OPERATION)?;
         let top = Arc::new(self.top(self.label(name), file, access, OPERATION)?);
         if access == Access::ReadWrite {
-            super::whole::prepare_for_writing(&top, OPERATION)?;
+            super::whole::prepare_for_writing(&top, self.options.engine, OPERATION)?;
         }
         let engine = engine::open(self.options.engine, &top, OPERATION)?;
         let current = Current { engine, top };
@@ -556,6 +569,21 @@ impl Qcow2Backend {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 Err(_) => continue,
             };
+            if never_reached_the_disk(&file)? {
+                let locked = self.store.open_locked(
+                    Room::Volumes,
+                    &name,
+                    Access::ReadOnly,
+                    Lock::Exclusive,
+                )?;
+                if let Some(locked) = locked
+                    && never_reached_the_disk(&locked)?
+                {
+                    self.store.remove(Room::Volumes, &name)?;
+                    tracing::info!(name, "removed a fork that a power cut left without content");
+                }
+                continue;
+            }
             if file.metadata()?.nlink() > 1
                 && let Some(locked) = self.store.open_locked(
                     Room::Volumes,
@@ -580,4 +608,12 @@ impl Qcow2Backend {
         }
         Ok(())
     }
+}
+
+/// Whether a file is one that was forked and never flushed before the power went: its name reached
+/// the disk, and the header, which no image is without, did not.
+fn never_reached_the_disk(file: &File) -> io::Result<bool> {
+    let mut start = [0; 512];
+    file.fill_at(&mut start, 0)?;
+    Ok(start == [0; 512])
 }

@@ -10,6 +10,8 @@ use crate::{Error, ErrorKind};
 
 #[cfg(feature = "imago")]
 pub(super) mod imago;
+#[cfg(feature = "qcow2-rs")]
+pub(super) mod qcow2_rs;
 
 /// The library that reads and writes the images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -36,7 +38,7 @@ impl EngineKind {
     pub const fn is_compiled_in(self) -> bool {
         match self {
             Self::Imago => cfg!(feature = "imago"),
-            Self::Qcow2Rs => false,
+            Self::Qcow2Rs => cfg!(feature = "qcow2-rs"),
         }
     }
 
@@ -120,6 +122,8 @@ pub(super) fn open(
     match kind {
         #[cfg(feature = "imago")]
         EngineKind::Imago => Ok(Box::new(imago::Imago::open(top, operation)?)),
+        #[cfg(feature = "qcow2-rs")]
+        EngineKind::Qcow2Rs => Ok(Box::new(qcow2_rs::Qcow2Rs::open(top, operation)?)),
         #[allow(
             unreachable_patterns,
             reason = "which engines remain depends on the features"
@@ -134,9 +138,9 @@ pub(super) fn open(
 }
 
 /// The state that an engine keeps for a layer that several images share.
+#[cfg(feature = "imago")]
 #[derive(Debug, Default)]
 pub(super) struct SharedReader {
-    #[cfg(feature = "imago")]
     pub(super) imago: std::sync::Mutex<Option<Arc<imago::Access>>>,
 }
 

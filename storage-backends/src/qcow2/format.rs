@@ -17,7 +17,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::header::Header;
-use super::spec::{self, COPIED, extension, field};
+use super::spec::{self, extension, field};
 
 /// What a new image is to be.
 #[derive(Debug, Clone)]
@@ -86,7 +86,7 @@ pub(super) fn write_new(file: &File, new: &NewImage<'_>) -> io::Result<Header> {
 }
 
 /// The first cluster of an image with this header, up to its last byte that is not zero.
-fn header_bytes(header: &Header) -> io::Result<Vec<u8>> {
+pub(super) fn header_bytes(header: &Header) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; spec::OUR_HEADER_LENGTH as usize];
     let mut put = |at: usize, value: &[u8]| {
         if let Some(room) = at
@@ -155,8 +155,3 @@ fn header_bytes(header: &Header) -> io::Result<Vec<u8>> {
     }
     Ok(bytes)
 }
-
-/// The COPIED bit is set on entries that we write: every cluster of an image without internal
-/// snapshots has one owner.
-#[allow(dead_code, reason = "read by the table walk")]
-pub(super) const OWNED: u64 = COPIED;

@@ -3,20 +3,22 @@
 //! ```text
 //!                                    volumes/v       layers/l
 //! 0  before                          A               -
-//! 1  A is synced                     A               -
-//! 2  overlay O complete and synced   A               -          O under a temporary name
-//! 3  link                            A               A
-//! 4  layers/ is synced               A               A
-//! 5  rename                          O -> l          A
-//! 6  volumes/ is synced              O -> l          A          at once, or with the next flush
+//! 1  overlay O complete              A               -          O under a temporary name
+//! 2  link                            A               A
+//! 3  A, O and layers/ are synced     A               A          all at the same time
+//! 4  rename                          O -> l          A
+//! 5  volumes/ is synced              O -> l          A          at once, or with the next flush
 //! ```
-//! A crash before 3 leaves a temporary file. Between 3 and 5 the two names are one file: such a layer
+//! A crash before 2 leaves a temporary file. Between 2 and 4 the two names are one file: such a layer
 //! is not there for anybody ([`is_unfinished`](super::layer::is_unfinished)), because the volume
-//! may still be written to, and whoever next locks the volume takes the name away again. From 5 on
+//! may still be written to, and whoever next locks the volume takes the name away again. From 4 on
 //! the freeze has happened. There is no moment at which `volumes/v` is not the volume's content,
 //! and no journal: the two names tell how far it got.
 //!
-//! Step 4 is there for the power cut: were the rename on the disk and the link not, A would be gone.
+//! Step 3 is there for the power cut: the rename takes the name `volumes/v` from A, so were it on
+//! the disk and the link or O's content not, the volume would be gone. And a layer must not be there
+//! without its content. The three do not depend on one another, so they go on at the same time, and
+//! on a journaling file system they share a commit.
 
 use std::io;
 use std::sync::Arc;
@@ -24,7 +26,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, Mode, fchmod, linkat};
 
 use super::backend::Qcow2Backend;
-use super::format::NewImage;
+use super::format::{NewImage, write_new};
 use super::layer::{ChainError, Layer, Top, backing_name, checked_header};
 use super::volume::Current;
 use crate::dir::Room;
@@ -44,10 +46,7 @@ impl Qcow2Backend {
         if let Some(handle) = self.open_handle(volume) {
             return handle.exclusively(|current| {
                 let engine = &current.engine;
-                engine
-                    .flush()
-                    .map_err(|e| Error::io(OPERATION, self.label(volume), e))?;
-                let next = self.freeze_top(volume, layer, &current.top)?;
+                let next = self.freeze_top(volume, layer, &current.top, || engine.flush())?;
                 engine.seal();
                 *current = next;
                 handle.name_changed();
@@ -55,20 +54,20 @@ impl Qcow2Backend {
             });
         }
         let file = self.lock_volume(volume, Access::ReadWrite, Lock::Exclusive, OPERATION)?;
-        file.sync_all()
-            .map_err(|e| Error::io(OPERATION, self.label(volume), e))?;
         let top = Arc::new(self.top(self.label(volume), file, Access::ReadWrite, OPERATION)?);
-        self.freeze_top(volume, layer, &top)?;
+        self.freeze_top(volume, layer, &top, || top.file.sync_all())?;
         // Nobody holds a handle that could flush later.
         self.end_freeze(volume, Durability::Now)
     }
 
-    /// Steps 2 to 5. Returns the overlay, open; everything that can fail does so before step 5.
+    /// Steps 1 to 4; `sync` is A's part of step 3. Returns the overlay, open; everything that can
+    /// fail does so before step 4.
     fn freeze_top(
         &self,
         volume: &VolumeName,
         layer: &LayerName,
         top: &Arc<Top>,
+        sync: impl FnOnce() -> io::Result<()>,
     ) -> Result<Current, Error> {
         let label = self.label(volume);
         let layer_label = self.store.describe(Room::Layers, layer.as_str());
@@ -84,31 +83,16 @@ impl Qcow2Backend {
         {
             return Err(Error::new(ErrorKind::Exists, OPERATION, layer_label));
         }
-        crash_point(1);
 
-        let header = checked_header(&top.file, &top.label, OPERATION)?;
-        let frozen = Arc::new(Layer::new(
-            layer_label.clone(),
-            Arc::clone(&top.file),
-            header,
-            top.backing.clone(),
-        ));
         let new = self.store.new_file(Room::Volumes).map_err(fail)?;
         let backing = backing_name(&self.store, layer);
         let image = NewImage {
-            size: frozen.header.size,
+            size: top.header.size,
             cluster_bits: self.options.cluster_bits,
             backing: Some(&backing),
         };
-        let next = self.new_image(
-            label.clone(),
-            &new,
-            &image,
-            Some(Arc::clone(&frozen)),
-            OPERATION,
-        )?;
-        new.file().sync_all().map_err(fail)?;
-        crash_point(2);
+        let overlay = write_new(new.file(), &image).map_err(fail)?;
+        crash_point(1);
 
         let (volumes, layers) = (
             self.store.room(Room::Volumes),
@@ -122,18 +106,31 @@ impl Qcow2Backend {
             rustix::io::Errno::EXIST => Error::new(ErrorKind::Exists, OPERATION, &layer_label),
             e => Error::io(OPERATION, &layer_label, e.into()),
         })?;
-        crash_point(3);
-        let switched = durable::sync_dir(layers).and_then(|()| {
-            crash_point(4);
-            new.replace(&from)
-        });
-        if let Err(e) = switched {
+        crash_point(2);
+        let switch = || {
+            let overlay_and_link =
+                || at_the_same_time(|| new.file().sync_all(), || durable::sync_dir(layers));
+            at_the_same_time(sync, overlay_and_link).map_err(fail)?;
+            crash_point(3);
+            // A's tables may have moved since it was opened, and are in the file now.
+            let header = checked_header(&top.file, &top.label, OPERATION)?;
+            let frozen = Arc::new(Layer::new(
+                layer_label.clone(),
+                Arc::clone(&top.file),
+                header,
+                top.backing.clone(),
+            ));
+            let backing = Some(Arc::clone(&frozen));
+            let next = self.open_new(label.clone(), &new, overlay, backing, OPERATION)?;
+            new.replace(&from).map_err(fail)?;
+            Ok((frozen, next))
+        };
+        let (frozen, next) = switch().inspect_err(|_: &Error| {
             if let Err(error) = self.store.remove(Room::Layers, layer.as_str()) {
                 tracing::warn!(%layer, %error, "an unfinished layer could not be removed; opening the volume will");
             }
-            return Err(fail(e));
-        }
-        crash_point(5);
+        })?;
+        crash_point(4);
 
         // From here on nothing may fail any more: the freeze has happened.
         if let Err(error) = fchmod(&*top.file, Mode::RUSR) {
@@ -149,15 +146,32 @@ impl Qcow2Backend {
         Ok(next)
     }
 
-    /// Step 6.
+    /// Step 5.
     fn end_freeze(&self, volume: &VolumeName, durability: Durability) -> Result<(), Error> {
         if durability == Durability::Now {
             durable::sync_dir(self.store.room(Room::Volumes))
                 .map_err(|e| Error::io(OPERATION, self.label(volume), e))?;
         }
-        crash_point(6);
+        crash_point(5);
         Ok(())
     }
+}
+
+/// Does both, the second on a thread of its own if there can be one.
+fn at_the_same_time(
+    here: impl FnOnce() -> io::Result<()>,
+    there: impl Fn() -> io::Result<()> + Sync,
+) -> io::Result<()> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, &there);
+        here()?;
+        match thread {
+            Ok(thread) => thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a thread that syncs panicked"))),
+            Err(_) => there(),
+        }
+    })
 }
 
 /// In this crate's own tests: the place where the process dies.

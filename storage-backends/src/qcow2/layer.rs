@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+#[cfg(feature = "imago")]
 use super::engine::SharedReader;
 use super::header::{Backing, Fault, Header, HeaderError, read_header};
 use crate::dir::{Room, StoreDir};
@@ -49,6 +50,7 @@ pub(super) struct Layer {
     pub(super) backing: Option<Arc<Layer>>,
     /// Files in the chain, this one included.
     pub(super) depth: u32,
+    #[cfg(feature = "imago")]
     pub(super) reader: SharedReader,
 }
 
@@ -66,6 +68,7 @@ impl Layer {
             header,
             backing,
             depth,
+            #[cfg(feature = "imago")]
             reader: SharedReader::default(),
         }
     }

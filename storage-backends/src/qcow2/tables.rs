@@ -161,6 +161,11 @@ impl Used {
         Ok(())
     }
 
+    /// Whether any cluster holds compressed data.
+    pub(super) fn has_compressed(&self) -> bool {
+        self.compressed.0.iter().any(|w| *w != 0)
+    }
+
     fn share_compressed(&mut self, cluster: u64) -> Result<(), &'static str> {
         if cluster >= self.clusters {
             return Err("must point inside the file");
@@ -422,6 +427,45 @@ pub(super) fn mapped_ranges<F: ReadAt + ?Sized>(
         }
         Ok(())
     })
+}
+
+/// Rewrites entries that say the same in a way that an engine cannot deal with, and tells whether there
+/// were any: a zero cluster that keeps a place in the file gives it up (its refcount is then too
+/// high), and one with data says that it has one owner, as the walk has proven. May be interrupted at
+/// any point.
+pub(super) fn simplify_entries(file: &File, header: &Header) -> Result<bool, TableError> {
+    let l2_entries = header.cluster_size() / 8;
+    let mut table = 0_u64;
+    let mut changed = false;
+    visit(file, header, |event| {
+        let (guest_cluster, entry, simple) = match event {
+            Event::L2Table { cluster, .. } => {
+                table = cluster.wrapping_shl(header.cluster_bits);
+                return Ok(());
+            }
+            Event::Entry {
+                guest_cluster,
+                entry,
+                mapped,
+            } => match mapped {
+                Mapped::Zero => (guest_cluster, entry, spec::L2_ZERO),
+                Mapped::Data(offset) => (guest_cluster, entry, offset | spec::COPIED),
+                Mapped::Nothing | Mapped::Compressed => return Ok(()),
+            },
+        };
+        if entry != simple {
+            // The number of entries is a power of two.
+            let index = guest_cluster & l2_entries.wrapping_sub(1);
+            let at = table.saturating_add(index.saturating_mul(8));
+            file.write_all_at(&simple.to_be_bytes(), at)?;
+            changed = true;
+        }
+        Ok(())
+    })?;
+    if changed {
+        file.sync_data()?;
+    }
+    Ok(changed)
 }
 
 /// Decodes an L2 entry ("Standard Cluster Descriptor", "Compressed Clusters Descriptor").

@@ -4,7 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
 use super::backend::Qcow2Backend;
-use super::engine::{self, Engine};
+use super::engine::{self, Engine, EngineKind};
 use super::format::NewImage;
 use super::layer::{Top, checked_header};
 use super::tables::{self, TableError, refcounts};
@@ -25,11 +25,36 @@ impl TableError {
     }
 }
 
+/// What one engine does not write to.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the engine {0} does not write to images with compressed clusters: flatten the volume first, or use imago"
+)]
+struct CompressedClusters(EngineKind);
+
 /// Walks the tables of an image that is about to be written to, and writes its refcounts anew when they
-/// do not agree: after a crash they may not, and the engines believe them.
-pub(super) fn prepare_for_writing(top: &Top, operation: &'static str) -> Result<(), Error> {
+/// do not agree: after a crash they may not, and the engines believe them. What `engine` in particular
+/// cannot deal with is refused or put differently.
+pub(super) fn prepare_for_writing(
+    top: &Top,
+    engine: EngineKind,
+    operation: &'static str,
+) -> Result<(), Error> {
     let fail = |e: TableError| e.into_error(operation, &top.label);
     let mut used = tables::walk(&*top.file, &top.header).map_err(fail)?;
+    if engine == EngineKind::Qcow2Rs {
+        if used.has_compressed() {
+            return Err(Error::because(
+                ErrorKind::Unsupported,
+                operation,
+                &top.label,
+                CompressedClusters(engine),
+            ));
+        }
+        if tables::simplify_entries(&top.file, &top.header).map_err(fail)? {
+            used = tables::walk(&*top.file, &top.header).map_err(fail)?;
+        }
+    }
     let found = refcounts::compare(&*top.file, &top.header, &used).map_err(fail)?;
     if found != refcounts::Differences::default() {
         tracing::info!(

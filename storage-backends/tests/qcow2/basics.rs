@@ -36,7 +36,7 @@ pub(crate) fn open(place: &Place, engine: EngineKind) -> Qcow2Backend {
 }
 
 /// Random operations on a volume and on a byte vector.
-fn churn(volume: &dyn Volume, model: &mut [u8], random: &mut Random, operations: u32) {
+pub(crate) fn churn(volume: &dyn Volume, model: &mut [u8], random: &mut Random, operations: u32) {
     let size = model.len() as u64;
     for _ in 0..operations {
         let offset = random.below(size);

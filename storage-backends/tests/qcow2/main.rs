@@ -7,4 +7,9 @@
 )]
 
 mod basics;
+mod engines;
 mod oracle;
+#[cfg(feature = "qcow2-rs")]
+mod qcow2_rs;
+#[path = "../support/mod.rs"]
+mod support;

@@ -2,18 +2,22 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::MutexGuard;
 
 use offshoot_storage::Volume;
 
 /// A directory for one test, with a store in it.
 pub(crate) struct Place {
     dir: tempfile::TempDir,
+    /// One test at a time.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Place {
     pub(crate) fn new() -> Self {
         Self {
             dir: tempfile::tempdir().unwrap(),
+            _alone: crate::support::alone(),
         }
     }
 

@@ -10,6 +10,14 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Held by tests that start processes, and by tests that would mind: a process that is being started
+/// keeps the locks of all that this one has open, until its exec.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A file system that the tests can make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -115,7 +115,7 @@ pub(in crate::qcow2) fn rewrite(
     header: &Header,
     used: &mut Used,
 ) -> Result<(), TableError> {
-    if used.compressed.0.iter().any(|w| *w != 0) {
+    if used.has_compressed() {
         return Err(TableError::TooLarge {
             what: "the number of compressed clusters",
             value: 1,

@@ -142,6 +142,8 @@ impl Storage for ImageFile {
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, mut offset: u64) -> io::Result<()> {
         let mut bufs: Vec<IoSliceMut<'_>> = bufv.into_inner();
         let mut rest = &mut bufs[..];
+        // Empty slices in front go: a call that is given nothing else does nothing.
+        IoSliceMut::advance_slices(&mut rest, 0);
         while rest.iter().any(|b| !b.is_empty()) {
             let some = rest.len().min(MAX_IOV);
             let n = match rustix::io::preadv(&*self.shared.file, &mut rest[..some], offset) {
@@ -163,6 +165,7 @@ impl Storage for ImageFile {
         self.shared.before_write(offset)?;
         let mut bufs: Vec<IoSlice<'_>> = bufv.into_inner();
         let mut rest = &mut bufs[..];
+        IoSlice::advance_slices(&mut rest, 0);
         while rest.iter().any(|b| !b.is_empty()) {
             let some = rest.len().min(MAX_IOV);
             let n = match rustix::io::pwritev(&*self.shared.file, &rest[..some], offset) {
