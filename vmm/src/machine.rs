@@ -234,6 +234,24 @@ impl Running {
         })
     }
 
+    /// Has everything that the guest has written to its drives reach the disk, while it runs on. Done
+    /// right before a pause in which drives are frozen, it leaves less to be done in the pause; nothing
+    /// else depends on it.
+    ///
+    /// # Errors
+    /// When a drive's storage fails.
+    pub fn flush_drives(&self) -> Result<()> {
+        for (id, drive) in &self.core.bindings.drives {
+            let volume = &drive.host.volume;
+            if !volume.is_read_only() {
+                volume
+                    .flush()
+                    .map_err(|e| Error::io(format!("cannot flush drive {id}"), e))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Stops the guest until it is started again.
     ///
     /// # Errors

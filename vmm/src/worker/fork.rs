@@ -141,6 +141,7 @@ impl Session {
         for (_, backend, store) in plans.iter().flat_map(|plan| plan.bindings.stores()) {
             self.backends.open(backend, store)?;
         }
+        self.flush()?;
         let bindings = &self.bindings;
         let began = Instant::now();
         let held = Held::of(&mut self.life)?;
@@ -167,6 +168,7 @@ impl Session {
                 "a template is a snapshot already",
             ));
         }
+        self.flush()?;
         let bindings = &self.bindings;
         let began = Instant::now();
         let held = Held::of(&mut self.life)?;
@@ -192,6 +194,14 @@ impl Session {
                 self.drop_storage(&[], &made_layers(&moment.frozen));
                 Err(cannot_fork(error))
             }
+        }
+    }
+
+    /// Takes from the pause what can be done before it.
+    fn flush(&self) -> Result<()> {
+        match &self.life {
+            Life::Running(running) => running.flush_drives(),
+            _ => Ok(()),
         }
     }
 

@@ -1,8 +1,10 @@
 //! How long forks and freezes take: figures, not promises. Run with
-//! `cargo test --release -p offshoot-storage --test measure -- --ignored --nocapture`.
+//! `cargo run --release -p offshoot-storage --example measure -- reflink` (as root), or with
+//! `--features qcow2-rs` and `qcow2-engines`.
 
 #![allow(clippy::print_stdout, reason = "the figures are what this is for")]
 
+#[path = "../tests/support/mod.rs"]
 mod support;
 
 use std::io::IoSlice;
@@ -12,6 +14,14 @@ use offshoot_storage::{Durability, LayerName, StorageBackend, Volume, VolumeName
 use support::{FileSystem, Mounted};
 
 const GIB: u64 = 1 << 30;
+
+fn main() {
+    match std::env::args().nth(1).as_deref() {
+        Some("reflink") => reflink(),
+        Some("qcow2-engines") => qcow2_engines(),
+        _ => println!("say what to measure: reflink or qcow2-engines"),
+    }
+}
 
 fn volume(name: &str) -> VolumeName {
     VolumeName::new(name).unwrap()
@@ -90,8 +100,6 @@ fn measure(store: &dyn StorageBackend, what: &str, piece: usize) {
     }
 }
 
-#[test]
-#[ignore = "measures"]
 fn reflink() {
     for file_system in [FileSystem::Btrfs, FileSystem::Xfs] {
         for piece in [16 << 20, 1 << 20, 64 << 10] {
@@ -106,8 +114,6 @@ fn reflink() {
 }
 
 /// Both qcow2 engines do the same work on the same file system, one after the other.
-#[test]
-#[ignore = "measures"]
 fn qcow2_engines() {
     const SIZE: u64 = 256 << 20;
     for kind in ["qcow2:imago", "qcow2:qcow2-rs"] {
