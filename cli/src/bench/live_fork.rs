@@ -9,6 +9,9 @@ use offshoot_vmm::worker;
 use super::{Bed, GuestArgs, Metric, times, workers};
 use crate::failure::Failure;
 
+/// Forks of one source, at most: on some backends each makes the chain of its disk's layers longer.
+const OF_ONE_SOURCE: u32 = 16;
+
 /// Live fork: a running guest, which has written all of its memory, is forked again and again.
 ///
 /// source_pause: for how long the guest is stopped. first_exit: the call, which freezes and forks the
@@ -30,27 +33,24 @@ impl LiveFork {
     }
 
     fn measure(&self, bed: &Bed<'_>) -> Result<Vec<Metric>, Failure> {
-        let (mut source_pause, mut first_exit) = (Vec::new(), Vec::new());
-        // A guest that shows by an exit that it runs, and one that sleeps until it is asked.
-        let source = self.source(bed, Mode::Beacon)?;
-        for _ in 0..bed.samples() {
-            let called = worker::monotonic();
-            let (child, _) = workers::fork(bed, &source.worker, "child")?;
-            first_exit.push(child.first_exit(called)?);
-            child.discard()?;
+        let (mut source_pause, mut first_exit, mut vsock_reply) =
+            (Vec::new(), Vec::new(), Vec::new());
+        let mut left = bed.samples();
+        while left > 0 {
+            let source = self.source(bed, &format!("source-{left}"))?;
+            let round = left.min(OF_ONE_SOURCE);
+            left -= round;
+            for _ in 0..round {
+                let called = worker::monotonic();
+                let (child, pause) = workers::fork(bed, &source.worker, "child")?;
+                child.client(bed)?.state()?;
+                vsock_reply.push(worker::monotonic() - called);
+                first_exit.push(child.first_exit(called)?);
+                source_pause.push(pause);
+                child.discard()?;
+            }
+            source.discard()?;
         }
-        source.discard()?;
-        let mut vsock_reply = Vec::new();
-        let source = self.source(bed, Mode::Halt)?;
-        for _ in 0..bed.samples() {
-            let called = worker::monotonic();
-            let (child, pause) = workers::fork(bed, &source.worker, "child")?;
-            child.client(bed)?.state()?;
-            vsock_reply.push(worker::monotonic() - called);
-            source_pause.push(pause);
-            child.discard()?;
-        }
-        source.discard()?;
         Ok(vec![
             times("source_pause", &source_pause)?,
             times("first_exit", &first_exit)?,
@@ -58,9 +58,9 @@ impl LiveFork {
         ])
     }
 
-    fn source(&self, bed: &Bed<'_>, mode: Mode) -> Result<workers::Subject, Failure> {
-        let source = workers::boot(bed, &format!("source-{mode}"))?;
-        bed.settle(source.client(bed)?, mode)?;
+    fn source(&self, bed: &Bed<'_>, name: &str) -> Result<workers::Subject, Failure> {
+        let source = workers::boot(bed, name)?;
+        bed.settle(source.client(bed)?, Mode::Halt)?;
         if self.dirty > 0 {
             let dirty = Request::Dirty {
                 offset: 0,
