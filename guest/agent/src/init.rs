@@ -79,10 +79,10 @@ pub(crate) fn set_up() {
 
 /// A directory on another file system than the one above it.
 fn is_mounted(path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let device = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
-    let above = path.parent().and_then(device);
-    device(path).is_some_and(|of_path| Some(of_path) != above)
+    use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+    // Not by its device: a directory bound over itself is a mount on the same one.
+    statx(CWD, path, AtFlags::empty(), StatxFlags::empty())
+        .is_ok_and(|about| about.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// A way to stop that is there.

@@ -16,7 +16,9 @@ fn guest() -> Option<Rig> {
         skipped("an agent in namespaces (not root)");
         return None;
     }
-    let script = "mount -t tmpfs none /etc; mkdir -p /etc/offshoot/fork.d; \
+    // As process 1 the agent mounts over what is no mount yet, the test's own directory included
+    // where that lies in one of these.
+    let script = "for d in /tmp /run; do mount --bind $d $d; done; mount -t tmpfs none /etc; mkdir -p /etc/offshoot/fork.d; \
                   echo old > /etc/hostname; hostname old; ip tuntap add eth7 mode tap; \
                   ip addr add 10.9.9.9/24 dev eth7; exec \"$0\" --listen \"$1\"";
     Some(Rig::start(|listen| in_namespaces(script, listen)))
