@@ -22,7 +22,7 @@ use table::Table;
 
 /// The disk of a guest, in bytes.
 const DISK_BYTES: u64 = 64 << 20;
-/// What a btrfs of the demo's own may grow to, in bytes: it is sparse.
+/// What a btrfs of the demo's own may grow to, in bytes, besides the copies' disks: it is sparse.
 const LOOP_BYTES: u64 = 8 << 30;
 
 /// Boot a guest, snapshot it, start copies of it on every storage backend, and prove them independent.
@@ -36,10 +36,10 @@ pub(crate) struct Demo {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=256))]
     forks: u32,
     /// The guest's RAM in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(32..))]
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(32..=4_194_304))]
     ram: u64,
     /// The guest's vCPUs.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=254))]
     cpus: u8,
     #[command(flatten)]
     place: PlaceArgs,
@@ -52,7 +52,9 @@ impl Demo {
             ram: RamSize::from_mib(self.ram)?,
             vcpus: self.cpus,
         };
-        let place = self.place.prepare(LOOP_BYTES)?;
+        // Every backend's copies may write all of their disks.
+        let disks = u64::from(self.forks) * DISK_BYTES * 3;
+        let place = self.place.prepare(LOOP_BYTES + disks)?;
         let print = |out: &mut dyn Write, line: &str| {
             writeln!(out, "{line}")
                 .and_then(|()| out.flush())

@@ -13,6 +13,7 @@ mod demo;
 mod failure;
 mod guest;
 mod inspect;
+mod leftovers;
 mod place;
 mod run;
 mod verify;

@@ -13,6 +13,7 @@ use offshoot_storage::{StorageBackend, open_backend, probe};
 use tempfile::TempDir;
 
 use crate::failure::{Context, Failure};
+use crate::leftovers::Leftovers;
 
 /// Where the work is done, and with which storage.
 #[derive(Debug, Clone, Args)]
@@ -42,6 +43,17 @@ pub(crate) struct Place {
 }
 
 impl PlaceArgs {
+    /// The backends that were named, each once.
+    fn named(&self) -> Vec<String> {
+        let mut named: Vec<String> = Vec::new();
+        for backend in &self.backends {
+            if !named.contains(backend) {
+                named.push(backend.clone());
+            }
+        }
+        named
+    }
+
     /// Makes the directory. `loop_bytes` is the size of the file system when one is asked for: it is sparse.
     pub(crate) fn prepare(&self, loop_bytes: u64) -> Result<Place, Failure> {
         let parent = self.dir.clone().unwrap_or_else(std::env::temp_dir);
@@ -63,8 +75,13 @@ impl PlaceArgs {
             btrfs,
             dir,
             sockets,
-            backends: self.backends.clone(),
+            backends: self.named(),
         };
+        let made = Leftovers {
+            mounted: place.btrfs.as_ref().map(|btrfs| btrfs.mounted.clone()),
+            directories: vec![place.dir.path().into(), place.sockets.path().into()],
+        };
+        made.remove_when_stopped()?;
         if place.backends.is_empty() {
             place.backends = place.able()?;
         }

@@ -231,3 +231,32 @@ fn a_full_directory_fails_the_demo_and_nothing_stays() {
     assert!(unmounted.success(), "something still uses it");
     assert!(said.contains("the demo failed on copy"), "{said}");
 }
+
+#[test]
+fn an_interrupted_demo_leaves_nothing() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_offshoot"))
+        .env("TMPDIR", dir.path())
+        .args(["demo", "--forks", "256", "--ram", "64", "--backend", "copy"])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let entries = || std::fs::read_dir(dir.path()).unwrap().count();
+    while entries() < 2 {
+        assert!(demo.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let pid = rustix::process::Pid::from_child(&demo);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let status = demo.wait().unwrap();
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&status),
+        Some(2),
+        "{status}"
+    );
+    assert_eq!(entries(), 0);
+}

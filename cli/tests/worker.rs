@@ -481,6 +481,12 @@ fn a_lineage_goes_deep() {
     assert_eq!(place.volumes(), ["g40"]);
 }
 
+fn outside_of_reach(error: &offshoot_vmm::Error) {
+    let text = format!("{error:?}");
+    assert!(text.contains("Permission denied"), "{text}");
+    assert!(text.contains("Program::allowing"), "{text}");
+}
+
 #[test]
 fn a_worker_reaches_its_directories_only() {
     let Some(place) = Place::new("copy") else {
@@ -496,10 +502,7 @@ fn a_worker_reaches_its_directories_only() {
         .snapshot(elsewhere.path(), options, PATIENCE)
         .unwrap();
     let error = writing.wait(|_, _| (), PATIENCE).unwrap_err();
-    assert!(
-        format!("{error:?}").contains("Permission denied"),
-        "{error:?}"
-    );
+    outside_of_reach(&error);
     let outside = WorkerBindings::default()
         .with_drive(
             "disk",
@@ -510,20 +513,14 @@ fn a_worker_reaches_its_directories_only() {
         .with_vsock("vsock", place.socket("a"), None)
         .with_unplugged("net");
     let error = source.fork(vec![outside], PATIENCE).unwrap_err();
-    assert!(
-        format!("{error:?}").contains("Permission denied"),
-        "{error:?}"
-    );
+    outside_of_reach(&error);
     let socket = elsewhere.path().join("a.sock");
     let outside = WorkerBindings::default()
         .with_drive("disk", "copy", place.store(), DriveFrom::Fork("a".into()))
         .with_vsock("vsock", socket, None)
         .with_unplugged("net");
     let error = source.fork(vec![outside], PATIENCE).unwrap_err();
-    assert!(
-        format!("{error:?}").contains("Permission denied"),
-        "{error:?}"
-    );
+    outside_of_reach(&error);
     holds(&mut pilot, 1);
     assert_eq!(std::fs::read_dir(elsewhere.path()).unwrap().count(), 0);
     let status = std::fs::read_to_string(format!("/proc/{}/status", source.pid())).unwrap();

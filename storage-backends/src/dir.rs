@@ -279,8 +279,11 @@ enum NotOurs {
     OtherBackend { owner: String, kind: &'static str },
     #[error("its file {MARKER} does not say whose it is in a way that this version understands")]
     Unreadable,
-    #[error("it has a directory {0:?} but no file {MARKER} that says whose it is")]
-    Unmarked(&'static str),
+    #[error(
+        "it is not empty (it holds {0:?}) and has no file {MARKER} that makes it a store; name an empty \
+         or a new directory"
+    )]
+    Unmarked(String),
 }
 
 /// The kind of backend that owns the directory at `path`, if any does. Follows the rules for a
@@ -348,21 +351,22 @@ fn check_owner(owner: &str, kind: &'static str, path: &Path) -> Result<(), Error
     Err(foreign(path, NotOurs::OtherBackend { owner, kind }))
 }
 
-/// A directory of somebody else's that happens to have rooms is not taken over.
+/// A directory that holds something of somebody else's is not taken over.
 fn refuse_unmarked(root: &OwnedFd, path: &Path) -> Result<(), Error> {
-    for room in [Room::Volumes, Room::Layers] {
-        match statat(root, room.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => {}
-            Ok(_) => {
-                // Two openers may race to make the store: the marker comes first, so if there is
-                // a room now, there is a marker now, or it is not a store.
-                return match owner(root, path)? {
-                    Some(_) => Ok(()),
-                    None => Err(foreign(path, NotOurs::Unmarked(room.as_str()))),
-                };
-            }
-            Err(e) => return Err(Error::io("open the store", path.display(), e.into())),
+    let fail = |e: Errno| Error::io("open the store", path.display(), e.into());
+    for entry in Dir::read_from(root).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let name = entry.file_name().to_string_lossy();
+        // What a new file system has, and what another opener is making at this moment.
+        if matches!(&*name, "." | ".." | "lost+found") || durable::is_temporary(&name) {
+            continue;
         }
+        // Two openers may race to make the store: the marker comes first, so if there is something
+        // now, there is a marker now, or it is not a store.
+        return match owner(root, path)? {
+            Some(_) => Ok(()),
+            None => Err(foreign(path, NotOurs::Unmarked(name.into_owned()))),
+        };
     }
     Ok(())
 }

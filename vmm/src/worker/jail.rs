@@ -5,7 +5,9 @@
 //! children inherit it. With it comes `no_new_privs`. Everything else that a worker uses reaches it as
 //! a descriptor.
 
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -18,6 +20,24 @@ use crate::error::{Error, ErrorKind, Result};
 /// The rights that are governed: those of Linux 6.2, truncation included. A kernel that knows fewer is
 /// refused.
 const RIGHTS: ABI = ABI::V3;
+
+/// Whether this process is confined.
+static CONFINED: AtomicBool = AtomicBool::new(false);
+
+/// What to add to an error of this process, so that its reader knows where a refusal may come from.
+pub(super) fn hint(error: &Error) -> Option<&'static str> {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(cause) = next {
+        let io = cause.downcast_ref::<io::Error>();
+        if io.is_some_and(|e| e.kind() == io::ErrorKind::PermissionDenied) {
+            return CONFINED.load(Ordering::Relaxed).then_some(
+                "a worker reaches only the directories that it was given (Program::allowing)",
+            );
+        }
+        next = cause.source();
+    }
+    None
+}
 
 /// Which directories a worker may use; `None` for all that its user may.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -57,6 +77,7 @@ impl Jail {
         }
         let status = ruleset.restrict_self().map_err(unsupported)?;
         if status.ruleset == RulesetStatus::FullyEnforced {
+            CONFINED.store(true, Ordering::Relaxed);
             Ok(())
         } else {
             Err(Error::new(

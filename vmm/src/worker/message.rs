@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use offshoot_snapshot_format::{Disk, Metadata, SnapshotId};
 use serde::{Deserialize, Serialize};
 
-use super::jail::Jail;
+use super::jail::{self, Jail};
 use super::plan::{BindingSpec, FrozenLayer, MachineSpec, Stored};
 use crate::error::{Error, ErrorKind};
 use crate::exits::ExitReason;
@@ -140,7 +140,7 @@ pub(super) struct WireError {
 /// The longest sentence that is sent or believed.
 const MAX_SENTENCE: usize = 1024;
 /// The most causes.
-const MAX_CAUSES: usize = 8;
+const MAX_CAUSES: usize = 9;
 
 fn bounded(text: &str) -> String {
     text.chars().take(MAX_SENTENCE).collect()
@@ -150,10 +150,11 @@ impl From<&Error> for WireError {
     fn from(error: &Error) -> Self {
         let mut causes = Vec::new();
         let mut next = error.source();
-        while let Some(cause) = next.filter(|_| causes.len() < MAX_CAUSES) {
+        while let Some(cause) = next.filter(|_| causes.len() + 1 < MAX_CAUSES) {
             causes.push(bounded(&cause.to_string()));
             next = cause.source();
         }
+        causes.extend(jail::hint(error).map(str::to_owned));
         Self {
             kind: error.kind(),
             sentence: bounded(&error.to_string()),
