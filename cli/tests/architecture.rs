@@ -191,3 +191,25 @@ fn default_builds_leave_logging_alone() {
         }
     }
 }
+
+/// Every link from one page of the book (or the README) to a file of the repository finds it.
+#[test]
+fn links_of_the_book_lead_somewhere() {
+    let root = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let mut pages = vec![root.join("README.md"), root.join("fuzz/README.md")];
+    for entry in std::fs::read_dir(root.join("docs")).unwrap() {
+        pages.push(entry.unwrap().path());
+    }
+    let mut broken = Vec::new();
+    for page in pages {
+        let text = std::fs::read_to_string(&page).unwrap();
+        for link in text.split("](").skip(1) {
+            let target = link.split([')', '#']).next().unwrap();
+            let is_file = !target.is_empty() && !target.contains(':') && !target.contains(' ');
+            if is_file && !page.parent().unwrap().join(target).exists() {
+                broken.push(format!("{}: {target}", page.display()));
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{broken:#?}");
+}

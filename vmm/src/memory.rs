@@ -1,12 +1,12 @@
 //! Guest RAM: where it lies in the guest, what backs it on the host, and how it is given back.
 //!
 //! # Rules of the unsafe code here
-//! A [`Mapping`] owns one `mmap` of ours. Its address and length never change while it lives, it
+//! A `Mapping` owns one `mmap` of ours. Its address and length never change while it lives, it
 //! stays readable and writable, and what lies behind it is replaced only by `madvise`, which
 //! changes bytes but unmaps nothing. Rust never holds a reference into it: the guest and the
 //! kernel write to it at any time, so all access goes through `vm-memory`'s volatile slices.
 //!
-//! `vm-memory` borrows the mapping by a raw pointer and does not know its owner. [`Mapping`]
+//! `vm-memory` borrows the mapping by a raw pointer and does not know its owner. `Mapping`
 //! therefore keeps a handle on `vm-memory`'s region, and unmaps only when it holds the last one:
 //! as long as anybody could still reach the bytes, they stay mapped.
 

@@ -55,7 +55,7 @@ impl ClientError {
 }
 
 /// A connection to a pilot, blocking. One request at a time; every read and write is bounded by
-/// the stream's own time-outs, which [`connect_vsock`](Self::connect_vsock) sets. After an error
+/// the stream's own time-outs, which [`connect`](PilotClient::connect) sets. After an error
 /// other than [`ClientError::Refused`] the connection is of no use any more.
 #[derive(Debug)]
 pub struct PilotClient<S> {
