@@ -2,7 +2,7 @@
 //!
 //! # Threads
 //! While it is active a drive has one I/O thread, which owns its queues, and an engine
-//! (EngineKind) that moves the data: io_uring, or worker threads. vCPU threads and the device
+//! ([`EngineKind`]) that moves the data: io_uring, or worker threads. vCPU threads and the device
 //! loop never do I/O; notifications go from the queue's eventfd straight to the I/O thread.
 //!
 //! # Forking the process
