@@ -79,7 +79,8 @@ fn boots_by_pvh_and_finds_its_devices() -> TestResult {
     );
     assert_ne!(first.boot_id, Id::default());
     let second = state(&mut guest)?;
-    assert!(second.counter > first.counter);
+    // Both may be answered in one turn of its loop.
+    assert!(second.counter >= first.counter);
     assert_eq!(second.boot_id, first.boot_id);
     assert_eq!(second.requests, first.requests + 1);
     Ok(())
