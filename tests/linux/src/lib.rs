@@ -30,7 +30,7 @@ use std::time::Duration;
 use report::Outcome;
 
 /// The scenarios, in the order in which they run.
-pub const SCENARIOS: [&str; 10] = [
+pub const SCENARIOS: [&str; 14] = [
     "bzimage_boots",
     "bzimage_boots_on_four_cpus",
     "vmlinux_boots",
@@ -41,6 +41,10 @@ pub const SCENARIOS: [&str; 10] = [
     "ext4_root_survives_on_qcow2",
     "snapshot_goes_on",
     "snapshot_goes_on_on_four_cpus",
+    "agent_runs_commands",
+    "live_forks_of_linux",
+    "vsock_over_generations",
+    "snapshot_by_fork_under_load",
 ];
 
 /// Longer than all scenarios ever took on a busy machine.
