@@ -19,7 +19,7 @@ const AT_REST: Duration = Duration::from_secs(6);
 const KEPT: (&str, &[u8]) = ("/run/kept", b"from before the fork");
 
 pub(crate) fn live() -> Result<(), Failure> {
-    let (place, mut source) = Place::boot("live-forks", CPUS)?;
+    let (place, source) = Place::boot("live-forks", CPUS)?;
     let mut identities = Identities::default();
     identities.add(&source)?;
     let spinning = load::start(&source)?;

@@ -92,8 +92,10 @@ impl Place {
 
     fn try_boot(&self, cpus: u8) -> Result<Sandbox, offshoot_vmm::Error> {
         let open = |path| File::open(path).expect("the outer guest's RAM disk has it");
-        let mut cpu = CpuProfile::default();
-        cpu.baseline = crate::CPU;
+        let cpu = CpuProfile {
+            baseline: crate::CPU,
+            ..CpuProfile::default()
+        };
         let ram = RamSize::from_mib(MEMORY_MIB)?;
         let plan = MachinePlan::new(ram, open(BZIMAGE))
             .with_initrd(open(INITRD))
