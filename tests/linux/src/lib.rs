@@ -4,9 +4,9 @@
 //! test ─→ QEMU, emulating a processor with SVM
 //!           └ Debian kernel with its kvm_amd          the outer guest
 //!               └ lab-inside, one scenario at a time
-//!                   └ offshoot
+//!                   └ offshoot, or a worker
 //!                       └ Debian kernel               the inner guest
-//!                           └ lab-guest
+//!                           └ lab-guest, or the agent
 //! ```
 //!
 //! This library is the test's side: it packs the outer guest's initial RAM disk, runs QEMU, and
