@@ -114,6 +114,15 @@ pub(crate) fn busybox() -> Result<Vec<u8>, Error> {
     }
 }
 
+/// The checker of ext4 file systems.
+pub(crate) fn e2fsck() -> Result<PathBuf, Error> {
+    ["/sbin/e2fsck", "/usr/sbin/e2fsck"]
+        .into_iter()
+        .map(PathBuf::from)
+        .find(|path| path.exists())
+        .ok_or_else(|| Error::Missing("e2fsck is not installed (e2fsprogs)".into()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,9 +4,9 @@
 //! test ─→ QEMU, emulating a processor with SVM
 //!           └ Debian kernel with its kvm_amd          the outer guest
 //!               └ lab-inside, one scenario at a time
-//!                   └ offshoot
+//!                   └ offshoot, or a worker
 //!                       └ Debian kernel               the inner guest
-//!                           └ lab-guest
+//!                           └ lab-guest, or the agent
 //! ```
 //!
 //! This library is the test's side: it packs the outer guest's initial RAM disk, runs QEMU, and
@@ -30,7 +30,7 @@ use std::time::Duration;
 use report::Outcome;
 
 /// The scenarios, in the order in which they run.
-pub const SCENARIOS: [&str; 10] = [
+pub const SCENARIOS: [&str; 14] = [
     "bzimage_boots",
     "bzimage_boots_on_four_cpus",
     "vmlinux_boots",
@@ -41,6 +41,10 @@ pub const SCENARIOS: [&str; 10] = [
     "ext4_root_survives_on_qcow2",
     "snapshot_goes_on",
     "snapshot_goes_on_on_four_cpus",
+    "agent_runs_commands",
+    "live_forks_of_linux",
+    "vsock_over_generations",
+    "snapshot_by_fork_under_load",
 ];
 
 /// Longer than all scenarios ever took on a busy machine.

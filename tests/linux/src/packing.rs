@@ -15,6 +15,7 @@ const INNER_MODULES: &[&str] = &[
     "virtio_mmio",
     "virtio_blk",
     "virtio-rng",
+    "vmw_vsock_virtio_transport",
     "pvpanic-mmio",
     "ext4",
 ];
@@ -33,6 +34,7 @@ pub(crate) fn outer(kernel: &Kernel, programs: &Programs, dir: &Path) -> Result<
     )?;
     program(&mut outer, "offshoot", &programs.offshoot)?;
     program(&mut outer, "lab-inside", &programs.inside)?;
+    program(&mut outer, "e2fsck", &debian::e2fsck()?)?;
     outer.file("guest/vmlinux", 0o644, &vmlinux::extract(&bzimage)?);
     outer.file("guest/bzImage", 0o644, &bzimage);
     outer.file("guest/initrd", 0o644, &inner(kernel, programs)?);
@@ -47,6 +49,7 @@ fn inner(kernel: &Kernel, programs: &Programs) -> Result<Vec<u8>, Error> {
         include_bytes!("../guests/inner-init"),
     )?;
     program(&mut inner, "lab-guest", &programs.guest)?;
+    inner.file("bin/offshoot-agent", 0o755, offshoot_agent_image::AGENT_ELF);
     Ok(inner.finish())
 }
 

@@ -37,6 +37,10 @@ scenarios! {
     ext4_root_survives_on_qcow2
     snapshot_goes_on
     snapshot_goes_on_on_four_cpus
+    agent_runs_commands
+    live_forks_of_linux
+    vsock_over_generations
+    snapshot_by_fork_under_load
 }
 
 #[test]

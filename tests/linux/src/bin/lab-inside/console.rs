@@ -23,9 +23,14 @@ const ALARMS: [&str; 9] = [
     "blocked for more than",
 ];
 
+/// Whether the kernel complains of time or interrupts in this line.
+pub(crate) fn is_alarm(line: &str) -> bool {
+    ALARMS.iter().any(|alarm| line.contains(alarm))
+}
+
 /// The end that a guest writes to; it shows every line.
 pub(crate) struct Sink {
-    name: &'static str,
+    name: String,
     line: Vec<u8>,
     lines: Sender<(Instant, String)>,
 }
@@ -37,10 +42,10 @@ pub(crate) struct Console {
 }
 
 /// A console with its two ends. `name` stands before its lines where they are shown.
-pub(crate) fn console(name: &'static str) -> (Sink, Console) {
+pub(crate) fn console(name: &str) -> (Sink, Console) {
     let (sender, lines) = mpsc::channel();
     let sink = Sink {
-        name,
+        name: name.into(),
         line: Vec::new(),
         lines: sender,
     };
@@ -103,7 +108,7 @@ impl Console {
     }
 
     fn look(&mut self, line: &str) {
-        if ALARMS.iter().any(|alarm| line.contains(alarm)) {
+        if is_alarm(line) {
             self.alarms.push_back(line.into());
         }
     }

@@ -5,11 +5,16 @@
     reason = "its console is how it is heard"
 )]
 
+mod agent;
 mod boots;
 mod command;
 mod console;
 mod disks;
+mod forks;
+mod load;
+mod sandbox;
 mod snapshots;
+mod vsock;
 
 use std::error::Error;
 use std::process::{Command, ExitCode, Stdio};
@@ -18,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use offshoot_lab::report;
 use offshoot_vmm::arch::cpuid::Baseline;
+use offshoot_vmm::worker;
 
 /// Whatever goes wrong in a scenario.
 type Failure = Box<dyn Error + Send + Sync>;
@@ -40,6 +46,10 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const ALONE: &str = "--alone";
 
 fn main() -> ExitCode {
+    // Workers are this program, too.
+    if let Some(status) = worker::run_if_worker(offshoot_storage::open_backend) {
+        return status;
+    }
     let names: Vec<String> = std::env::args().skip(1).collect();
     if let [option, name] = &names[..]
         && option == ALONE
@@ -105,6 +115,10 @@ fn scenario(name: &str) -> Option<fn() -> Result<(), Failure>> {
         "ext4_root_survives_on_qcow2" => || disks::ext4_root_survives("qcow2"),
         "snapshot_goes_on" => || snapshots::goes_on(1),
         "snapshot_goes_on_on_four_cpus" => || snapshots::goes_on(4),
+        "agent_runs_commands" => agent::runs_commands,
+        "live_forks_of_linux" => forks::live,
+        "vsock_over_generations" => vsock::over_generations,
+        "snapshot_by_fork_under_load" => forks::by_snapshot,
         _ => return None,
     })
 }

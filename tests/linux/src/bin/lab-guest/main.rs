@@ -1,6 +1,8 @@
 //! Runs in the inner guest and says on its console what it sees.
 #![allow(clippy::print_stdout, reason = "its console is how it is heard")]
 
+mod load;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, Read, Seek, Write};
 use std::process::Command;
@@ -15,6 +17,13 @@ fn main() -> io::Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("count") => count_boots(),
         Some("serve") => serve(),
+        Some("spin") => load::spin(),
+        Some("tally") => load::tally("/run/tally"),
+        Some("loopback") => load::loopback("/run/loopback"),
+        Some("nap") => {
+            sleep();
+            Ok(())
+        }
         other => Err(io::Error::other(format!("no task {other:?}"))),
     }
 }
