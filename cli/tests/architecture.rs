@@ -39,6 +39,9 @@ const ARROWS: [(&str, &[&str]); 11] = [
     (
         "offshoot-lab",
         &[
+            "offshoot",
+            "offshoot-agent-image",
+            "offshoot-devices",
             "offshoot-snapshot-format",
             "offshoot-storage",
             "offshoot-vmm",
@@ -138,7 +141,7 @@ fn every_direct_dependency_is_explained() {
         .iter()
         .flat_map(|package| package["dependencies"].as_array().unwrap())
         .map(|dependency| dependency["name"].as_str().unwrap().to_owned())
-        .filter(|name| !name.starts_with("offshoot-"))
+        .filter(|name| name != "offshoot" && !name.starts_with("offshoot-"))
         .collect();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/dependencies.md");
     let table = std::fs::read_to_string(path).unwrap();

@@ -87,7 +87,7 @@ impl Session {
         let host = self.host()?;
         let memory = Memory::inherited(memory)?;
         let (opened, made) = bindings.clone().open(&mut self.backends, fds, layers)?;
-        self.send(&Told::Made(bindings.makes()));
+        self.send(&Told::Made);
         let machine = Machine::build_checked(&host, &state, memory, opened)?;
         self.start(machine, bindings, made)
     }

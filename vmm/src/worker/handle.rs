@@ -271,7 +271,7 @@ impl Worker {
             _ => return Err(unexpected()),
         };
         drop(theirs);
-        self.gather(forked, ours, deadline)
+        self.gather(forked, ours, children, deadline)
     }
 
     /// Waits for the children of a fork to say that they run.
@@ -279,15 +279,20 @@ impl Worker {
         &self,
         forked: Forked,
         connections: Vec<Connection>,
+        bindings: Vec<WorkerBindings>,
         deadline: Instant,
     ) -> Result<Children> {
         let mut workers = Vec::new();
         let mut failure = None;
         let mut orphaned = Vec::new();
-        for (pid, connection) in forked.children.into_iter().zip(connections) {
-            let born = pid
-                .map_err(Error::from)
-                .and_then(|pid| connection.wait_born(deadline, &mut orphaned).map(|()| pid));
+        let children = forked.children.into_iter().zip(connections).zip(bindings);
+        for ((pid, connection), bindings) in children {
+            let makes = bindings.spec.makes();
+            let born = pid.map_err(Error::from).and_then(|pid| {
+                connection
+                    .wait_born(deadline, makes, &mut orphaned)
+                    .map(|()| pid)
+            });
             match born {
                 Ok(pid) => workers.push(Self {
                     connection,

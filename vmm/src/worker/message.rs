@@ -61,8 +61,8 @@ pub(super) enum Ask {
 pub(super) enum Told {
     /// The answer to the request of this tag.
     Reply(u32, Result<Answer, WireError>),
-    /// A forked child has made these volumes, which are to be deleted should it die now.
-    Made(Vec<Stored>),
+    /// A forked child has made the volumes of its bindings, which are to be deleted should it die now.
+    Made,
     /// A forked child's next message: whether its machine runs.
     Born(Result<Birth, WireError>),
     /// The guest has ended.

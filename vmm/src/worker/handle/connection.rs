@@ -100,13 +100,19 @@ impl Connection {
         Ok(tag)
     }
 
-    /// Waits for a forked child to run. What a child had made that died instead is added to
-    /// `orphaned`; one that fails cleans up by itself.
-    pub(super) fn wait_born(&self, deadline: Instant, orphaned: &mut Vec<Stored>) -> Result<()> {
-        let mut made = Vec::new();
+    /// Waits for a forked child to run. When it died instead, and had made `makes` by then, they are
+    /// added to `orphaned`; a child that fails cleans up by itself. (What it made is what it was told
+    /// to make: a child has no say in what is deleted.)
+    pub(super) fn wait_born(
+        &self,
+        deadline: Instant,
+        makes: Vec<Stored>,
+        orphaned: &mut Vec<Stored>,
+    ) -> Result<()> {
+        let mut made = false;
         loop {
             match self.next(deadline) {
-                Ok(Told::Made(volumes)) => made = volumes,
+                Ok(Told::Made) => made = true,
                 Ok(Told::Born(Ok(_))) => return Ok(()),
                 Ok(Told::Born(Err(error))) => return Err(error.into()),
                 Ok(_) => {
@@ -116,7 +122,9 @@ impl Connection {
                     ));
                 }
                 Err(error) => {
-                    orphaned.extend(made);
+                    if made {
+                        orphaned.extend(makes);
+                    }
                     return Err(error);
                 }
             }
