@@ -35,7 +35,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let paused = source.pause()?;
     let saved = paused.save(dir.path(), SaveOptions::new()?)?;
     paused.resume()?;
-
     let snapshot = RawSnapshot::open(&saved.path)?;
     let template = Template::load(&host, &snapshot, Verify::Eager)?;
     for name in ["fork-1", "fork-2", "fork-3"] {
