@@ -17,7 +17,8 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_pit_config, kvm_signal_mask, kvm_userspace_memory_region,
+    KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_pit_config, kvm_run, kvm_signal_mask,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -45,6 +46,8 @@ pub(crate) struct Vm {
     // The order of the fields is the order of their end: first the VM, then its memory.
     fd: VmFd,
     memory: Arc<Memory>,
+    /// Bytes of a vCPU's shared mapping.
+    run_size: usize,
 }
 
 /// An interrupt line: an eventfd that raises a GSI.
@@ -54,6 +57,20 @@ pub(crate) struct IrqLine<'a> {
     pub(crate) event: &'a EventFd,
     /// The line's number.
     pub(crate) gsi: u32,
+}
+
+/// Keeps a vCPU's shared page out of forked processes, which could do nothing with it but keep the
+/// whole VM in the kernel's memory.
+fn keep_from_children(vcpu: &mut VcpuFd, len: usize) -> io::Result<()> {
+    let run: *mut kvm_run = vcpu.get_kvm_run();
+    // SAFETY: the mapping that the vCPU owns, of the length that KVM gave for it; advice changes
+    // nothing in this process.
+    let done = unsafe { libc::madvise(run.cast(), len, libc::MADV_DONTFORK) };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 impl Vm {
@@ -86,13 +103,22 @@ impl Vm {
             ..Default::default()
         })
         .context("KVM cannot make its timer")?;
-        Ok(Self { fd, memory })
+        let run_size = host
+            .kvm()
+            .get_vcpu_mmap_size()
+            .context("KVM does not tell the size of a vCPU's mapping")?;
+        Ok(Self {
+            fd,
+            memory,
+            run_size,
+        })
     }
 
     /// Makes the vCPU of this number, which lets only the kick signal end its runs.
     pub(crate) fn create_vcpu(&self, id: u8) -> Result<VcpuFd> {
         const WHAT: &str = "KVM cannot make a vCPU";
-        let vcpu = self.fd.create_vcpu(u64::from(id)).context(WHAT)?;
+        let mut vcpu = self.fd.create_vcpu(u64::from(id)).context(WHAT)?;
+        keep_from_children(&mut vcpu, self.run_size).context(WHAT)?;
         let mask = SignalMask {
             len: 8,
             signals: threads::run_mask().to_ne_bytes(),

@@ -152,8 +152,11 @@ impl Session {
                 Ok(Forking::Child(seed))
             }
             Split::Parent(results, frozen) => {
-                let pause = held.release(began)?;
-                Ok(Forking::Parent(self.adopt(results, frozen, pause)))
+                let released = held.release(began);
+                // Whatever became of the source, its children are there.
+                let mut forked = self.adopt(results, frozen);
+                forked.pause_ns = nanos(released?);
+                Ok(Forking::Parent(forked))
             }
         }
     }
@@ -185,8 +188,9 @@ impl Session {
                 })))
             }
             Ok(Side::Parent(pid)) => {
-                let pause = held.release(began)?;
-                let forked = self.adopt(vec![Ok(pid)], moment.frozen, pause);
+                let released = held.release(began);
+                let mut forked = self.adopt(vec![Ok(pid)], moment.frozen);
+                forked.pause_ns = nanos(released?);
                 Ok(Writing::Parent(forked))
             }
             Err(error) => {
@@ -206,12 +210,7 @@ impl Session {
     }
 
     /// Takes note of forked processes, so that they are waited for.
-    fn adopt(
-        &mut self,
-        results: Vec<io::Result<i32>>,
-        layers: Vec<FrozenLayer>,
-        pause: Duration,
-    ) -> Forked {
+    fn adopt(&mut self, results: Vec<io::Result<i32>>, layers: Vec<FrozenLayer>) -> Forked {
         let children = results.into_iter().map(|result| {
             let pid = result.map_err(|error| WireError::from(&cannot_fork(error)))?;
             match process::pidfd(pid) {
@@ -222,10 +221,14 @@ impl Session {
         });
         Forked {
             children: children.collect(),
-            pause_ns: u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX),
+            pause_ns: 0,
             layers,
         }
     }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn cannot_fork(error: io::Error) -> Error {

@@ -89,6 +89,9 @@ impl Program {
         let arguments: [&OsStr; 1] = [OsStr::new(WORKER_ARGUMENT)];
         let mut child = Command::new(&self.path)
             .args(arguments)
+            // Nothing of the embedder's secrets; only what finds the program's libraries.
+            .env_clear()
+            .envs(std::env::var_os("LD_LIBRARY_PATH").map(|path| ("LD_LIBRARY_PATH", path)))
             .stdin(Stdio::from(theirs.into_fd()))
             .stdout(Stdio::null())
             .stderr(stderr)
@@ -175,6 +178,7 @@ pub struct Snapshotting {
     /// For how long the source was stopped.
     pub source_pause: Duration,
     id: SnapshotId,
+    store: PathBuf,
 }
 
 impl Worker {
@@ -352,6 +356,7 @@ impl Worker {
                 writer: Connection::new(ours),
                 source_pause: Duration::from_nanos(forked.pause_ns),
                 id: options.id,
+                store: store.to_owned(),
             }),
             _ => Err(unexpected()),
         }
@@ -458,8 +463,11 @@ impl Worker {
     /// # Errors
     /// When it is gone already or may not be signalled.
     pub fn kill(&self) -> Result<()> {
-        let pid = rustix::process::Pid::from_raw(self.pid);
-        let pid = pid.ok_or_else(|| Error::new(ErrorKind::Ended, "the worker is gone"))?;
+        // The number of a forked worker is what its source told: never a group, everybody or init.
+        let pid = Some(self.pid).filter(|pid| *pid > 1);
+        let pid = pid
+            .and_then(rustix::process::Pid::from_raw)
+            .ok_or_else(|| Error::new(ErrorKind::Ended, "the worker is gone"))?;
         rustix::process::kill_process(pid, rustix::process::Signal::KILL)
             .map_err(std::io::Error::from)
             .context("cannot kill the worker")
@@ -470,7 +478,8 @@ impl Snapshotting {
     /// Waits until the snapshot is published. `progress` is told of bytes done and bytes in all.
     ///
     /// # Errors
-    /// Why there is no snapshot; then no layer of it is left either.
+    /// Why there is no snapshot. A writer that fails takes the layers away where the backend lets it; one
+    /// that was killed leaves them, named after the snapshot.
     pub fn wait(&self, mut progress: impl FnMut(u64, u64), timeout: Duration) -> Result<Saved> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -485,7 +494,8 @@ impl Snapshotting {
                         Ok((drive, layer))
                     });
                     return Ok(Saved {
-                        path: written.path,
+                        // Where it was to be: a writer has no say in that.
+                        path: self.store.join(self.id.to_string()),
                         id: self.id,
                         layers: layers.collect::<Result<_>>()?,
                     });

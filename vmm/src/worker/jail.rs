@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, make_bitflags,
 };
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,11 @@ use crate::error::{Error, ErrorKind, Result};
 /// The rights that are governed: those of Linux 6.2, truncation included. A kernel that knows fewer is
 /// refused.
 const RIGHTS: ABI = ABI::V3;
+
+/// What a worker does nowhere: make devices, pipes and links, run programs.
+const NEVER: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
+    Execute | MakeChar | MakeBlock | MakeFifo | MakeSym
+});
 
 /// Whether this process is confined.
 static CONFINED: AtomicBool = AtomicBool::new(false);
@@ -44,8 +49,13 @@ pub(super) fn hint(error: &Error) -> Option<&'static str> {
 pub(super) struct Jail(pub(super) Option<Vec<PathBuf>>);
 
 impl Jail {
-    /// Confines this process. `besides` are directories that its task names.
-    pub(super) fn enter<'a>(&'a self, besides: impl Iterator<Item = &'a Path>) -> Result<()> {
+    /// Confines this process. `besides` are directories that its task names, `read` those of which it
+    /// only reads.
+    pub(super) fn enter<'a>(
+        &'a self,
+        besides: impl Iterator<Item = &'a Path>,
+        read: Option<&'a Path>,
+    ) -> Result<()> {
         let Some(directories) = &self.0 else {
             return Ok(());
         };
@@ -62,7 +72,14 @@ impl Jail {
             .handle_access(AccessFs::from_all(RIGHTS))
             .and_then(Ruleset::create)
             .map_err(unsupported)?;
-        for directory in directories.iter().map(PathBuf::as_path).chain(besides) {
+        let all = AccessFs::from_all(RIGHTS) & !NEVER;
+        // A snapshot that all its copies map must not be within reach of any of them.
+        let only_read = AccessFs::ReadFile | AccessFs::ReadDir;
+        let directories = directories.iter().map(PathBuf::as_path).chain(besides);
+        let rules = directories
+            .map(|directory| (directory, all))
+            .chain(read.map(|directory| (directory, only_read)));
+        for (directory, rights) in rules {
             let what = || {
                 format!(
                     "the worker cannot be given the directory {}",
@@ -72,7 +89,7 @@ impl Jail {
             let opened =
                 PathFd::new(directory).map_err(|e| Error::because(ErrorKind::Config, what(), e))?;
             ruleset = ruleset
-                .add_rule(PathBeneath::new(opened, AccessFs::from_all(RIGHTS)))
+                .add_rule(PathBeneath::new(opened, rights))
                 .map_err(unsupported)?;
         }
         let status = ruleset.restrict_self().map_err(unsupported)?;

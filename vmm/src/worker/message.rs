@@ -116,7 +116,6 @@ pub(super) struct Forked {
 /// A published snapshot.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Published {
-    pub(super) path: PathBuf,
     pub(super) layers: Vec<(String, String)>,
 }
 

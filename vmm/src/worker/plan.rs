@@ -397,6 +397,8 @@ impl BindingSpec {
             fds.next()
                 .ok_or_else(|| bad("a descriptor is missing".to_owned()))
         };
+        // First, so that it is dropped last: what it deletes must not be open any more.
+        let mut made = Made::default();
         let mut bindings = Bindings::default();
         for net in self.nets {
             let failed =
@@ -423,7 +425,6 @@ impl BindingSpec {
             bindings.vsocks.insert(vsock.id, host);
         }
         bindings.generation = self.generation.map(GenerationId::from_bytes);
-        let mut made = Made::default();
         for drive in self.drives {
             let backend = backends.open(&drive.backend, &drive.store)?;
             let binding = open_drive(&backend, &drive, layers, &mut made)?;

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -48,6 +48,8 @@ pub fn run_if_worker(open: OpenBackend) -> Option<ExitCode> {
             return Some(ExitCode::FAILURE);
         }
     };
+    // What the embedder left open for its children by mistake is none of a worker's business.
+    process::close_all_but(&mut vec![channel.as_fd().as_raw_fd()]);
     let mut session = Session::new(channel, Backends::new(open));
     loop {
         match session.serve() {
@@ -310,7 +312,7 @@ impl Session {
         for (_, backend, store) in bindings.stores() {
             self.backends.open(backend, store)?;
         }
-        jail.enter(bindings.directories())?;
+        jail.enter(bindings.directories(), None)?;
         let mut fds = fds.into_iter();
         let missing = || Error::new(ErrorKind::Config, "the kernel's descriptor is missing");
         let kernel = fds.next().ok_or_else(missing)?;
@@ -343,7 +345,7 @@ impl Session {
     fn load(&mut self, snapshot: &Path, verify: bool, jail: &Jail) -> Result<Answer> {
         self.must_be_empty()?;
         let host = self.host()?;
-        jail.enter(std::iter::once(snapshot))?;
+        jail.enter(std::iter::empty(), Some(snapshot))?;
         let raw = RawSnapshot::open(snapshot)
             .map_err(|e| Error::because(ErrorKind::BadState, "the snapshot cannot be used", e))?;
         let verify = if verify { Verify::Eager } else { Verify::None };

@@ -101,7 +101,6 @@ fn write(
     let saved = unpublished.publish(memory, &progress)?;
     let layers = saved.layers.into_iter();
     Ok(Published {
-        path: saved.path,
         layers: layers
             .map(|(drive, layer)| (drive, layer.to_string()))
             .collect(),

@@ -19,8 +19,8 @@ use crate::worker::plan::Stored;
 
 /// How long the worker may take to make room for a request.
 const SEND: Duration = Duration::from_secs(10);
-/// The most messages of one kind that are kept for whoever asks for them.
-const MAX_KEPT: usize = 1024;
+/// The most messages besides replies that are kept for whoever asks for them; older ones go first.
+const MAX_KEPT: usize = 8;
 
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -219,10 +219,10 @@ impl State {
                 tracing::debug!(pid, status, "a forked process has ended");
             }
             other => {
-                // A worker that is not asked for so much has no business to send it.
-                if self.others.len() < MAX_KEPT {
-                    self.others.push_back(other);
+                if self.others.len() == MAX_KEPT {
+                    self.others.pop_front();
                 }
+                self.others.push_back(other);
             }
         }
     }
