@@ -530,3 +530,30 @@ fn a_worker_reaches_its_directories_only() {
     assert_eq!(place.volumes(), ["source"]);
     assert!(place.open().layers().unwrap().is_empty());
 }
+
+#[test]
+fn a_start_that_fails_half_way_takes_back_what_it_made() {
+    let Some(place) = Place::new("copy") else {
+        return;
+    };
+    let source = place.boot("source", 1);
+    let drive = || ModelConfig::Drive(Default::default());
+    let plan = MachinePlan::new(RamSize::from_mib(64).unwrap(), kernel())
+        .with_device("first", drive())
+        .with_device("second", drive());
+    let new = |name: &str| DriveFrom::New(name.into(), NonZeroU64::new(DISK).unwrap());
+    let bindings = WorkerBindings::default()
+        .with_drive("first", "copy", place.store(), new("made"))
+        .with_drive("second", "copy", place.store(), new("source"));
+    let error = Worker::boot(&place.program(), &plan, bindings, PATIENCE).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Storage, "{error:?}");
+    // Nothing of the embedder's environment is with a worker.
+    let environment = std::fs::read_to_string(format!("/proc/{}/environ", source.pid())).unwrap();
+    let mut variables = environment.split('\0').filter(|line| !line.is_empty());
+    assert!(
+        variables.all(|line| line.starts_with("LD_LIBRARY_PATH=")),
+        "{environment}"
+    );
+    source.stop(PATIENCE).unwrap();
+    assert_eq!(place.volumes(), ["source"]);
+}
